@@ -1,0 +1,8 @@
+"""Image anomaly detection when the training set cannot be trusted: kernels, methods and evaluation of the HierCore book."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("hclib")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"

@@ -1,0 +1,1 @@
+"""Which images, which masks, which labels: every data set as one index frame."""

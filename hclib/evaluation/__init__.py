@@ -1,0 +1,1 @@
+"""Numbers from scores: exact metrics, thresholds, label scenarios, Records, published tables."""

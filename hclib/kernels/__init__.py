@@ -1,0 +1,1 @@
+"""Array kernels on torch and FAISS: features, distances, coreset, clustering, memory bank, maps."""

@@ -1,0 +1,1 @@
+"""Detectors: fit(train, labels) and score(test, labels) on Features."""

@@ -1,0 +1,196 @@
+"""The one distance kernel: blocked GEMM on centred float32 vectors, the chosen distances evaluated again directly.
+
+|q - b|^2 = |q|^2 + |b|^2 - 2 q.b costs one matrix product but cancels badly for near neighbours. The matrix product
+therefore only *chooses* candidates; the values that are handed out come from sum((q - b)^2), so a point that is in the
+bank has distance exactly 0. The choice itself can only miss a neighbour by less than the rounding of the product
+(about 1e-6 of the squared norms after centring), and not even by that unless many bank vectors tie that closely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+CHUNK = 64  # columns whose minimum is taken together: a minimum is vectorised, an arg-minimum is not
+SPARE = 7  # candidates kept beyond k, so that near-ties are settled by the direct distance
+DOUBT = 2.0**-18  # rounding of the product, relative to the squared norms
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device that `device` means here; "auto" is CUDA where there is a CUDA device, otherwise the CPU.
+
+    Raises:
+        ValueError: `device` is not a device name, or names a CUDA device that this machine does not have.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r}: not a device; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        raise ValueError(
+            f"device {device!r}: this machine has {count} usable CUDA devices; use 'auto' or 'cpu'"
+        )
+    return resolved
+
+
+def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the `k` nearest vectors of a bank for every query, in L2.
+
+    Works in blocks: beside its arguments it holds about 32 MB on a CPU (512 MB on CUDA) and the result. Equally
+    distant neighbours come in the order of their index; which of more than k + 7 exact duplicates is named is open.
+
+    Args:
+        queries: (Q, C) floating point, any precision; compared in float32.
+        bank: (M, C) on the same device.
+        k: neighbours to return, 1 <= k <= M.
+
+    Returns:
+        `values` (Q, k) float32, L2 distances in ascending order, and `indices` (Q, k) int64 into `bank`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, the bank is empty, k is not in 1..M, or a vector holds
+            NaN, infinity or a value too large to square in float32 (the row is named).
+    """
+    queries, bank = _vectors(queries, "queries", 2), _vectors(bank, "bank", 2)
+    _comparable(queries, bank)
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k = {k}: must lie between 1 and the {len(bank)} vectors of the bank")
+    with torch.no_grad(), _full_precision(queries.device):
+        keep = min(k + SPARE, len(bank))
+        squared, indices, scale = _candidates(queries, bank, keep)
+        return _settle(queries, bank, squared, indices, scale, k)
+
+
+def _candidates(
+    queries: torch.Tensor, bank: torch.Tensor, keep: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the `keep` smallest approximate squared distances (Q, keep), their bank indices, the largest bank norm."""
+    rows, columns = _block_shape(queries.device, len(bank))
+    centre = _mean(bank)
+    best = queries.new_full((len(queries), keep), torch.inf, dtype=torch.float32)
+    indices = torch.zeros((len(queries), keep), dtype=torch.int64, device=queries.device)
+    product = torch.empty(min(rows, len(queries)), columns, device=queries.device)
+    largest = torch.zeros((), device=queries.device)
+    for start in range(0, len(bank), columns):
+        block, norms = _centred(bank, start, columns, centre, "bank")
+        largest = torch.maximum(largest, norms.amax())
+        if len(block) < columns:  # fill the block up with vectors that are infinitely far away
+            block = torch.nn.functional.pad(block, (0, 0, 0, columns - len(block)))
+            norms = torch.nn.functional.pad(norms, (0, columns - len(norms)), value=torch.inf)
+        for top in range(0, len(queries), rows):
+            part, part_norms = _centred(queries, top, rows, centre, "queries")
+            squared = torch.addmm(norms, part, block.T, alpha=-2, out=product[: len(part)])
+            values, columns_found = _smallest(squared, min(keep, columns))
+            values.add_(part_norms[:, None]).clamp_(min=0)
+            found = slice(top, top + len(part))
+            merged = torch.cat([best[found], values], 1)
+            best[found], order = merged.topk(keep, dim=1, largest=False)
+            indices[found] = torch.cat([indices[found], columns_found + start], 1).gather(1, order)
+    return best, indices, largest
+
+
+def _smallest(matrix: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k smallest values of each row and their columns: they lie in the k chunks of smallest minimum."""
+    rows, columns = matrix.shape
+    chunks = matrix.view(rows, columns // CHUNK, CHUNK)
+    chosen = chunks.amin(2).topk(min(k, columns // CHUNK), dim=1, largest=False).indices  # (rows, k)
+    pool = chunks.gather(1, chosen[:, :, None].expand(-1, -1, CHUNK)).view(rows, -1)
+    values, inside = pool.topk(k, dim=1, largest=False)
+    return values, chosen.gather(1, inside // CHUNK) * CHUNK + inside % CHUNK
+
+
+def _settle(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    squared: torch.Tensor,
+    indices: torch.Tensor,
+    scale: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Evaluate the best candidates (and every rival within rounding) directly; return the k nearest, in order."""
+    rows = max(1, _block_shape(queries.device, 1)[0] // squared.shape[1])
+    values = squared.new_empty((len(queries), k))
+    chosen = indices.new_empty((len(queries), k))
+    for top in range(0, len(queries), rows):
+        part = slice(top, top + rows)
+        approximate, candidate = squared[part], indices[part]
+        doubt = DOUBT * (2 * approximate[:, k - 1] + 3 * scale)  # >= DOUBT * (|q|^2 + |b|^2)
+        rival = approximate <= approximate[:, k - 1 : k] + doubt[:, None]
+        row, column = rival.nonzero(as_tuple=True)
+        difference = queries[part][row].float() - bank[candidate[row, column]].float()
+        exact = torch.full_like(approximate, torch.inf)
+        exact[row, column] = difference.square_().sum(1)
+        order = candidate.argsort(1)
+        order = order.gather(1, exact.gather(1, order).argsort(dim=1, stable=True))[:, :k]
+        values[part], chosen[part] = exact.gather(1, order).sqrt_(), candidate.gather(1, order)
+    return values, chosen
+
+
+def _vectors(array: torch.Tensor, name: str, dims: int) -> torch.Tensor:
+    tensor = torch.as_tensor(array)
+    if tensor.ndim != dims or 0 in tensor.shape[-1:]:
+        expected = "(rows, channels)" if dims == 2 else "(images, patches, channels)"
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)}; expected {expected} with at least one channel"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: dtype {tensor.dtype}; expected floating point, convert it with .float()")
+    return tensor
+
+
+def _comparable(queries: torch.Tensor, bank: torch.Tensor, name: str = "bank") -> None:
+    if queries.shape[-1] != bank.shape[-1]:
+        raise ValueError(
+            f"queries have {queries.shape[-1]} channels, {name} has {bank.shape[-1]}: they must agree"
+        )
+    if queries.device != bank.device:
+        raise ValueError(f"queries are on {queries.device}, {name} is on {bank.device}: move one of them")
+    if 0 in bank.shape:
+        raise ValueError(
+            f"{name}: shape {tuple(bank.shape)} holds no vectors; there is nothing to compare with"
+        )
+
+
+def _block_shape(device: torch.device, bank_size: int) -> tuple[int, int]:
+    """Return (query rows, bank columns) of one block; columns are a multiple of CHUNK."""
+    rows, columns = (8192, 16384) if device.type == "cuda" else (1024, 8192)
+    return rows, min(columns, -(-bank_size // CHUNK) * CHUNK)
+
+
+def _mean(vectors: torch.Tensor, rows: int = 65536) -> torch.Tensor:
+    """Return the mean (C,) in float32, block by block: a memory-mapped or half-precision bank is never copied whole."""
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    for start in range(0, len(vectors), rows):
+        total += vectors[start : start + rows].float().sum(0)
+    return torch.nan_to_num(total / len(vectors)).float()
+
+
+def _centred(
+    vectors: torch.Tensor, start: int, rows: int, centre: torch.Tensor, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows start.. of `vectors` minus `centre` in float32, and their squared norms; NaN is an error."""
+    block = vectors[start : start + rows].float() - centre
+    norms = torch.linalg.vecdot(block, block)
+    if not torch.isfinite(norms).all():
+        row = start + int((~torch.isfinite(norms)).nonzero()[0])
+        raise ValueError(
+            f"{name}: vector {row} holds NaN, infinity or values too large to square; remove or fix it"
+        )
+    return block, norms
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Keep float32 products float32: no TF32, no bfloat16, no autocast, whatever the caller has switched on."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,25 +1,27 @@
-"""The one distance kernel: blocked GEMM on centred float32 vectors, the chosen distances evaluated again directly.
+"""The one distance kernel: blocked GEMM on centred float32 vectors, near distances evaluated again directly.
 
-|q - b|^2 = |q|^2 + |b|^2 - 2 q.b costs one matrix product but cancels badly for near neighbours. The matrix product
-therefore only *chooses* candidates; the values that are handed out come from sum((q - b)^2), so a point that is in the
-bank has distance exactly 0. The choice itself can only miss a neighbour by less than the rounding of the product
-(about 1e-6 of the squared norms after centring), and not even by that unless many bank vectors tie that closely.
+|q - b|^2 = |q|^2 + |b|^2 - 2 q.b costs one matrix product but cancels badly for near neighbours. The matrix
+product therefore only *chooses* candidates; the values that are handed out come from sum((q - b)^2), so a
+point that is in the bank has distance exactly 0. The choice itself can only miss a neighbour by less than the
+rounding of the product (about 1e-6 of the squared norms after centring), and not even by that unless many
+bank vectors tie that closely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 
 CHUNK = 64  # columns whose minimum is taken together: a minimum is vectorised, an arg-minimum is not
 SPARE = 7  # candidates kept beyond k, so that near-ties are settled by the direct distance
-DOUBT = 2.0**-18  # rounding of the product, relative to the squared norms
+DOUBT = 2.0**-18  # bound on the rounding of the product, relative to the squared norms
+NEAR = 0.01  # patch_to_image: minima below this part of the squared norms are evaluated again directly
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return the device that `device` means here; "auto" is CUDA where there is a CUDA device, otherwise the CPU.
+    """Return the device that `device` means here; "auto" is CUDA where there is one, else the CPU.
 
     Raises:
         ValueError: `device` is not a device name, or names a CUDA device that this machine does not have.
@@ -41,8 +43,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the `k` nearest vectors of a bank for every query, in L2.
 
-    Works in blocks: beside its arguments it holds about 32 MB on a CPU (512 MB on CUDA) and the result. Equally
-    distant neighbours come in the order of their index; which of more than k + 7 exact duplicates is named is open.
+    Works in blocks: beside its arguments it holds about 100 MB on a CPU (1 GB on CUDA) and k + 7 candidates a
+    query. Equally distant neighbours come in the order of their index; which of more than k + 7 exact
+    duplicates are named is open.
 
     Args:
         queries: (Q, C) floating point, any precision; compared in float32.
@@ -53,8 +56,8 @@ def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int = 1) -> tuple[torc
         `values` (Q, k) float32, L2 distances in ascending order, and `indices` (Q, k) int64 into `bank`.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, the bank is empty, k is not in 1..M, or a vector holds
-            NaN, infinity or a value too large to square in float32 (the row is named).
+        ValueError: a shape, dtype or device does not fit, the bank is empty, k is not in 1..M, or a vector
+            holds NaN, infinity or a value too large to square in float32 (the row is named).
     """
     queries, bank = _vectors(queries, "queries", 2), _vectors(bank, "bank", 2)
     _comparable(queries, bank)
@@ -66,10 +69,95 @@ def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int = 1) -> tuple[torc
         return _settle(queries, bank, squared, indices, scale, k)
 
 
+def patch_to_image(
+    queries: torch.Tensor, references: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Measure how far every query patch is from its nearest patch in each reference image, in L2.
+
+    Works in blocks of images (about 100 MB on a CPU, 1 GB on CUDA), so half-precision or memory-mapped arrays
+    are never converted whole. When `references` is the very tensor `queries`, each pair of images is
+    multiplied once and read in both directions. A patch found again in a reference image is at exactly 0;
+    other distances are off by the rounding of the product (relative 1e-4 at worst, 1e-6 as a rule).
+
+    Args:
+        queries: (Nq, P, C) floating point, any precision; compared in float32.
+        references: (Nr, R, C) on the same device; R may differ from P.
+        out: (Nq, P, Nr) to write into, on any device (a memory map, for one) instead of a new tensor.
+
+    Returns:
+        (Nq, P, Nr) float32 on the device of `queries`, or `out`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, there is no reference patch, or a vector holds NaN,
+            infinity or a value too large to square in float32 (the image is named).
+    """
+    same = references is queries
+    queries, references = _vectors(queries, "queries", 3), _vectors(references, "references", 3)
+    _comparable(queries, references, "references")
+    shape = (len(queries), queries.shape[1], len(references))
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32, device=queries.device)
+    elif out.shape != shape:
+        raise ValueError(f"out: shape {tuple(out.shape)}; the result has shape {shape}")
+    rows, columns = (16384, 8192) if queries.device.type == "cuda" else (4096, 2048)
+    high, wide = max(1, rows // max(1, shape[1])), max(1, columns // references.shape[1])
+    with torch.no_grad(), _full_precision(queries.device):
+        centre = _mean(references.reshape(-1, references.shape[2]))
+        for top in range(0, len(queries), high):
+            left = _ImageBlock(queries, slice(top, top + high), centre, "queries")
+            for start in range(top if same else 0, len(references), wide):
+                right = _ImageBlock(references, slice(start, start + wide), centre, "references")
+                squared = _pairwise(left, right)  # (high, P, wide, R)
+                out[left.images, :, right.images] = _settle_minima(squared.amin(3), squared, left, right)
+                if same:
+                    back = squared.amin(1).permute(1, 2, 0)  # (wide, R, high)
+                    out[right.images, :, left.images] = _settle_minima(
+                        back, squared.permute(2, 3, 0, 1), right, left
+                    )
+    return out
+
+
+class _ImageBlock:
+    """A few images' patches in float32, their centred copies and squared norms."""
+
+    def __init__(self, source: torch.Tensor, images: slice, centre: torch.Tensor, name: str) -> None:
+        self.images = images
+        self.patches = source[images].float()  # (n, P, C)
+        self.centred = self.patches - centre
+        self.norms = torch.linalg.vecdot(self.centred, self.centred)  # (n, P)
+        if not torch.isfinite(self.norms).all():
+            image, patch = (~torch.isfinite(self.norms)).nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}: patch {patch} of image {images.start + image} holds NaN, infinity or values "
+                "too large to square; remove or fix it"
+            )
+
+
+def _pairwise(left: _ImageBlock, right: _ImageBlock) -> torch.Tensor:
+    """Return approximate squared distances between all patches, (n_left, P, n_right, R)."""
+    rows, columns = left.centred.flatten(0, 1), right.centred.flatten(0, 1)
+    squared = torch.addmm(right.norms.flatten(), rows, columns.T, alpha=-2)
+    squared.add_(left.norms.view(-1, 1))
+    return squared.view(*left.norms.shape, *right.norms.shape)
+
+
+def _settle_minima(
+    least: torch.Tensor, squared: torch.Tensor, left: _ImageBlock, right: _ImageBlock
+) -> torch.Tensor:
+    """Return the square roots of `least` (n_left, P, n_right), small ones directly from four candidates."""
+    near = least <= NEAR * (left.norms[:, :, None] + right.norms.amax(1))
+    for part in near.nonzero().split(4096):
+        a, p, b = part.T
+        best = squared[a, p, b].topk(min(4, squared.shape[3]), dim=1, largest=False).indices  # (n, 4)
+        difference = left.patches[a, p][:, None] - right.patches[b[:, None], best]
+        least[a, p, b] = difference.square_().sum(2).amin(1)
+    return least.clamp_(min=0).sqrt_()
+
+
 def _candidates(
     queries: torch.Tensor, bank: torch.Tensor, keep: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the `keep` smallest approximate squared distances (Q, keep), their bank indices, the largest bank norm."""
+    """Return the `keep` smallest approximate squared distances (Q, keep), their indices, the largest norm."""
     rows, columns = _block_shape(queries.device, len(bank))
     centre = _mean(bank)
     best = queries.new_full((len(queries), keep), torch.inf, dtype=torch.float32)
@@ -95,7 +183,7 @@ def _candidates(
 
 
 def _smallest(matrix: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k smallest values of each row and their columns: they lie in the k chunks of smallest minimum."""
+    """Return the k smallest values of each row and their columns: all in the k chunks of least minimum."""
     rows, columns = matrix.shape
     chunks = matrix.view(rows, columns // CHUNK, CHUNK)
     chosen = chunks.amin(2).topk(min(k, columns // CHUNK), dim=1, largest=False).indices  # (rows, k)
@@ -112,7 +200,7 @@ def _settle(
     scale: torch.Tensor,
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Evaluate the best candidates (and every rival within rounding) directly; return the k nearest, in order."""
+    """Evaluate the best candidates and all rivals within rounding directly; return the k nearest."""
     rows = max(1, _block_shape(queries.device, 1)[0] // squared.shape[1])
     values = squared.new_empty((len(queries), k))
     chosen = indices.new_empty((len(queries), k))
@@ -163,7 +251,7 @@ def _block_shape(device: torch.device, bank_size: int) -> tuple[int, int]:
 
 
 def _mean(vectors: torch.Tensor, rows: int = 65536) -> torch.Tensor:
-    """Return the mean (C,) in float32, block by block: a memory-mapped or half-precision bank is never copied whole."""
+    """Return the mean (C,) in float32, block by block: a memory-mapped bank stays where it is."""
     total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
     for start in range(0, len(vectors), rows):
         total += vectors[start : start + rows].float().sum(0)
@@ -173,7 +261,7 @@ def _mean(vectors: torch.Tensor, rows: int = 65536) -> torch.Tensor:
 def _centred(
     vectors: torch.Tensor, start: int, rows: int, centre: torch.Tensor, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows start.. of `vectors` minus `centre` in float32, and their squared norms; NaN is an error."""
+    """Return rows from `start` on, minus `centre`, in float32, and their squared norms; NaN is an error."""
     block = vectors[start : start + rows].float() - centre
     norms = torch.linalg.vecdot(block, block)
     if not torch.isfinite(norms).all():
@@ -185,8 +273,8 @@ def _centred(
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Keep float32 products float32: no TF32, no bfloat16, no autocast, whatever the caller has switched on."""
+def _full_precision(device: torch.device) -> Generator[None, None, None]:
+    """Keep float32 products float32: no TF32, no bfloat16, no autocast, whatever the caller switched on."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -39,9 +39,9 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Conversions, whatever the file's format: grey is repeated on three channels; palettes are looked up; alpha
     is dropped and the colour under it kept; CMYK, YCbCr and HSV are converted by Pillow without a colour
     profile; 16-bit grey is divided by 257 and rounded (65535 -> 255), never stretched to the range in use;
-    16-bit colour keeps its high byte, as Pillow decodes it; floats must lie in 0..1 and are multiplied by 255;
-    of an animation or a multi-page TIFF the first frame is read. An EXIF orientation is applied, so that the
-    picture stands as viewers show it; its mask must be drawn on the upright picture.
+    16-bit colour keeps its high byte, as Pillow decodes it; floats must lie in 0..1 and are multiplied by
+    255; of an animation or a multi-page TIFF the first frame is read. An EXIF orientation is applied, so that
+    the picture stands as viewers show it; its mask must be drawn on the upright picture.
 
     Returns:
         (H, W, 3) uint8.
@@ -58,9 +58,9 @@ def read_mask(path: str | os.PathLike, shape: tuple[int, int] | None = None) -> 
     """Read a ground-truth mask: True where the brightest channel exceeds 127 of 255.
 
     The file is converted to 8-bit RGB as in `read_image`, so palettes, 16 bits, alpha and colours are
-    accepted. A mask in which nothing exceeds 31 holds class numbers (VisA's official release binarises its
-    masks as "not 0"): there, every non-zero pixel is True. An all-zero mask is read as empty, not refused: MTD
-    has four of them.
+    accepted. A mask in which nothing exceeds 31 holds class numbers (VisA's go up to 9: `id2class.json` of
+    amazon-science/spot-diff): there, every non-zero pixel is True. An all-zero mask is read as empty, not
+    refused: MTD has four of them.
 
     Args:
         path: mask file.

@@ -1,1 +1,6 @@
 """Detectors: fit(train, labels) and score(test, labels) on Features."""
+
+from hclib.methods.hiercore import HierCore
+from hclib.methods.patchcore import PatchCore
+
+__all__ = ["HierCore", "PatchCore"]

@@ -1,0 +1,152 @@
+"""Figures of the book: one palette, one size, one way to lay a heat map over an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hclib.data.datasets import may_publish
+from hclib.images import read_image, read_mask, resize_mask
+
+# Okabe and Ito's colour-blind-safe palette; a method keeps its colour throughout the book.
+METHOD_COLOURS = {
+    "PatchCore": "#D55E00",
+    "HierCore": "#0072B2",
+    "MuSc": "#009E73",
+    "SoftPatch": "#CC79A7",
+    "InReaCh": "#E69F00",
+    "FUN-AD": "#56B4E9",
+    "MeDS": "#000000",
+}
+NORMAL, ANOMALOUS = "#0072B2", "#D55E00"
+
+
+def use_style() -> None:
+    """Set the book's matplotlib style: 100 dpi, 7 inches wide, light grid, readable fonts."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+            "figure.figsize": (7.0, 3.6),
+            "figure.constrained_layout.use": True,
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.titlesize": 9,
+            "legend.frameon": False,
+        }
+    )
+
+
+def _image_axes(axes: Sequence) -> None:
+    for ax in np.ravel(axes):
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.grid(False)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+
+
+def _square(path: str, size: int) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(read_image(path)).resize((size, size), Image.Resampling.LANCZOS))
+
+
+def contact_sheet(index: pd.DataFrame, *, columns: int = 8, size: int = 128, seed: int = 0) -> Figure:
+    """Draw one row per category: half normal, half anomalous test images, the masks outlined.
+
+    Categories whose pixels may not be published are left out and named in the title.
+
+    Args:
+        index: index frame of any data set.
+        columns: images per category.
+        size: side of a thumbnail in pixels.
+        seed: which images are drawn.
+    """
+    allowed = may_publish(index)
+    hidden = sorted(index.loc[~allowed, "category"].unique())
+    shown = index[allowed & (index["split"] == "test")]
+    categories = sorted(shown["category"].unique())
+    figure, axes = plt.subplots(
+        len(categories), columns, figsize=(7.0, 7.0 / columns * len(categories) + 0.3), squeeze=False
+    )
+    for row, category in enumerate(categories):
+        members = shown[shown["category"] == category]
+        normal = members[members["label"] == 0]
+        anomalous = members[members["label"] == 1]
+        picks = [
+            normal.sample(min(columns // 2, len(normal)), random_state=seed),
+            anomalous.sample(min(columns - columns // 2, len(anomalous)), random_state=seed).sort_values("defect"),
+        ]
+        for ax, item in zip(axes[row], pd.concat(picks).itertuples(), strict=False):
+            ax.imshow(_square(item.path, size))
+            if item.mask_path:
+                ax.contour(resize_mask(read_mask(item.mask_path), size), [0.5], colors=ANOMALOUS, linewidths=1)
+            ax.set_title(item.defect.replace("_", " "), fontsize=6, pad=2)
+        axes[row, 0].set_ylabel(category.replace("_", "\n"), fontsize=7)
+    _image_axes(axes)
+    if hidden:
+        figure.suptitle("not shown (licence): " + ", ".join(hidden), fontsize=7)
+    return figure
+
+
+def heat_maps(index: pd.DataFrame, maps: np.ndarray, thresholds: Sequence[float], *, size: int = 224) -> Figure:
+    """Draw image, ground truth and heat map of a few test images, one column each.
+
+    The colour scale of a column runs from 0 to twice its threshold, so white-yellow means "over the threshold"
+    whatever the score scale of its group.
+
+    Args:
+        index: rows to draw, all of them publishable.
+        maps: `(n, size, size)` float, one map per row.
+        thresholds: n decision thresholds.
+        size: side of the drawn images in pixels.
+    """
+    if not may_publish(index).all():
+        raise ValueError("pixels of these images may not be published: choose rows with may_publish(index)")
+    figure, axes = plt.subplots(3, len(index), figsize=(7.0, 7.0 / len(index) * 3 + 0.2), squeeze=False)
+    for column, (item, values, limit) in enumerate(zip(index.itertuples(), maps, thresholds, strict=True)):
+        image = _square(item.path, size)
+        mask = resize_mask(read_mask(item.mask_path), size) if item.mask_path else np.zeros((size, size), bool)
+        axes[0, column].imshow(image)
+        axes[0, column].set_title(f"{item.category}\n{item.defect}".replace("_", " "), fontsize=7)
+        axes[1, column].imshow(mask, cmap="gray", vmin=0, vmax=1)
+        axes[2, column].imshow(image)
+        axes[2, column].imshow(values, cmap="inferno", vmin=0, vmax=2 * limit, alpha=0.65)
+    for ax, text in zip(axes[:, 0], ("image", "ground truth", "score"), strict=True):
+        ax.set_ylabel(text, fontsize=8)
+    _image_axes(axes)
+    return figure
+
+
+def score_distributions(scores: np.ndarray, labels: np.ndarray, groups: Sequence[str], marks: pd.DataFrame) -> Figure:
+    """Draw the score distribution of every group, normal against anomalous, with its thresholds.
+
+    Args:
+        scores: `(N,)` image scores.
+        labels: `(N,)` 0 normal, 1 anomalous.
+        groups: N names; one row of axes each, in sorted order.
+        marks: columns `group, threshold, kind`; one vertical line per row, dashed where `kind` is "global".
+    """
+    names = sorted(set(groups))
+    figure, axes = plt.subplots(len(names), 1, figsize=(7.0, 0.75 * len(names) + 0.7), sharex=True, squeeze=False)
+    edges = np.linspace(scores.min(), np.quantile(scores, 0.995), 60)
+    groups = np.asarray(groups)
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        mine = groups == name
+        for value, colour, text in ((0, NORMAL, "normal"), (1, ANOMALOUS, "anomalous")):
+            ax.hist(np.clip(scores[mine & (labels == value)], None, edges[-1]), edges, color=colour, alpha=0.6, label=text)
+        for mark in marks[marks["group"] == name].itertuples():
+            ax.axvline(mark.threshold, color="black", linestyle="--" if mark.kind == "global" else "-", linewidth=1.2)
+        ax.set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=8)
+        ax.set_yticks([])
+    axes[0, 0].legend(ncols=2, loc="upper right", fontsize=7)
+    axes[-1, 0].set_xlabel("image score (L2); solid: the category's own optimal threshold, dashed: one for all")
+    return figure

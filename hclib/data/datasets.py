@@ -351,6 +351,11 @@ def _index_frame(
         for category, splits in index.groupby("category")["split"].unique().items():
             if absent := {"train", "test"} - set(splits):
                 raise DatasetError(f"{folder}: no {absent.pop()} images of {category}; complete the copy")
+        unmasked = index[(index["split"] == "test") & (index["label"] == 1) & (index["mask_path"] == "")]
+        if len(unmasked):
+            raise DatasetError(
+                f"{unmasked['path'].iloc[0]}: this anomalous image has no mask; complete the copy"
+            )
     leaked = index[(index["split"] == "train") & (index["label"] == 1)]
     if len(leaked) and not allow_contaminated:
         raise DatasetError(

@@ -38,7 +38,9 @@ def _add_detect(commands: argparse._SubParsersAction) -> None:
     detect.add_argument("--image-size", type=int, default=224, help="side in pixels that images are resized to")
     detect.add_argument("--ratio", type=float, default=0.1, help="share of normal patches kept in memory")
     detect.add_argument("--holdout", type=float, default=0.2, help="share of normal images that sets the thresholds")
-    detect.add_argument("--quantile", type=float, default=0.99, help="quantile of held-out normal scores: the threshold")
+    detect.add_argument(
+        "--quantile", type=float, help="threshold at this quantile of held-out normal scores; else median + 4.5 MAD"
+    )
     detect.add_argument("--seed", type=int, default=0, help="seeds hold-out, clustering and coresets")
     detect.add_argument("--device", default="auto", help="auto, cpu or cuda")
     detect.add_argument("--report-images", type=int, default=200, help="images shown in report.html")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from hclib.data.datasets import audit
 from hclib.evaluation.metrics import image_metrics
-from hclib.evaluation.thresholds import normal_threshold
+from hclib.evaluation.thresholds import normal_thresholds
 from hclib.images import IMAGE_SUFFIXES, read_image
 from hclib.kernels.encoders import load_encoder
 from hclib.kernels.features import Features
@@ -25,7 +25,7 @@ from hclib.kernels.maps import Scores
 from hclib.methods import HierCore, PatchCore
 
 METHODS = {"hiercore": HierCore, "patchcore": PatchCore}
-FEW = 5  # fewer held-out normal images than this cannot carry a threshold of their own
+FEWEST = 10  # training images below which memory banks and thresholds mean nothing
 THUMBNAIL = 176
 
 
@@ -71,23 +71,6 @@ def hold_out(count: int, share: float, seed: int) -> np.ndarray:
     return held
 
 
-def thresholds(held: Scores, groups: int, quantile: float) -> np.ndarray:
-    """Return one threshold per group from the scores of held-out normal images.
-
-    A group with fewer than `FEW` held-out images takes the threshold of all groups together.
-
-    Returns:
-        `(groups,)` float64.
-    """
-    pooled = normal_threshold(held.image, quantile=quantile)
-    values = np.full(groups, pooled)
-    for k in range(groups):
-        mine = held.image[held.group == k]
-        if len(mine) >= FEW:
-            values[k] = normal_threshold(mine, quantile=quantile)
-    return values
-
-
 def detect(
     train_dir: str | Path,
     test_dir: str | Path,
@@ -98,7 +81,7 @@ def detect(
     image_size: int = 224,
     ratio: float = 0.1,
     holdout: float = 0.2,
-    quantile: float = 0.99,
+    quantile: float | None = None,
     seed: int = 0,
     device: str = "auto",
     skip_unreadable: bool = False,
@@ -120,14 +103,12 @@ def detect(
         raise DetectError(f"method {method!r}: choose one of {', '.join(METHODS)}")
     if not 0 < holdout < 1:
         raise DetectError(f"holdout={holdout}: give the share of normal images that sets the thresholds, in (0, 1)")
-    if not 0 < quantile <= 1:
-        raise DetectError(f"quantile={quantile}: give a quantile of the held-out normal scores, in (0, 1]")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise DetectError(f"{out} is not empty: choose another folder or pass --overwrite")
     index = _readable(_index(list_images(train_dir), list_images(test_dir)), skip_unreadable)
     is_train = (index["split"] == "train").to_numpy()
-    if is_train.sum() < 2 * FEW:
-        raise DetectError(f"{train_dir} holds {is_train.sum()} readable images: at least {2 * FEW} normal ones are needed")
+    if is_train.sum() < FEWEST:
+        raise DetectError(f"{train_dir} holds {is_train.sum()} readable images: at least {FEWEST} normal ones are needed")
 
     features = load_encoder(encoder, image_size, device).extract(index)
     train, test = features.subset(is_train), features.subset(~is_train)
@@ -135,7 +116,8 @@ def detect(
     print(f"memory banks: {(~held).sum()} images; thresholds: {held.sum()} images held out", flush=True)
     detector = METHODS[method](ratio=ratio, seed=seed, device=device).fit(train.subset(~held))
     groups = len(detector.banks) if method == "hiercore" else 1
-    limits = thresholds(detector.score(train.subset(held)), groups, quantile)
+    normal = detector.score(train.subset(held))
+    limits = normal_thresholds(normal.image, normal.group, quantile=quantile)
     print(f"scoring {len(test)} images against {groups} group{'s' * (groups > 1)}", flush=True)
     scores = detector.score(test)
     table = _table(test, test_dir, scores, limits)
@@ -146,11 +128,12 @@ def detect(
         table.to_csv(aside / "scores.csv", index=False, float_format="%.6g")
         detector.save(aside / "detector")
         thumbnails = _heat_maps(aside / "heatmaps", test, scores, table, report_images)
+        rule = "median + 4.5 MAD" if quantile is None else f"quantile {quantile:g}"
         conditions = {
             "method": f"{type(detector).__name__}, coreset ratio {ratio:g}, seed {seed}",
             "encoder": f"{encoder} at {image_size} px, weights {features.encoder['weights_hash'][:12]}",
             "normal images": f"{(~held).sum()} in the banks, {held.sum()} held out for thresholds",
-            "thresholds": f"quantile {quantile:g} of held-out normal scores per group (all groups together below {FEW})",
+            "thresholds": f"{rule} of the held-out normal scores, per group where it has enough of them",
             "test images": f"{len(test)}, {(table.decision == 'anomalous').sum()} decided anomalous",
         }
         (aside / "report.html").write_text(_report(table, thumbnails, conditions), encoding="utf-8")
@@ -163,15 +146,15 @@ def detect(
     return table
 
 
-def _table(test: Features, test_dir: Path, scores: Scores, limits: np.ndarray) -> pd.DataFrame:
-    threshold = limits[scores.group]
+def _table(test: Features, test_dir: Path, scores: Scores, limits: dict[int, float]) -> pd.DataFrame:
+    threshold = np.array([limits.get(int(group), limits[-1]) for group in scores.group])
     return pd.DataFrame(
         {
             "path": [Path(p).relative_to(test_dir).as_posix() for p in test.index["path"]],
             "score": scores.image.astype(float),
             "group": scores.group,
             "threshold": threshold,
-            "decision": np.where(scores.image > threshold, "anomalous", "normal"),
+            "decision": np.where(scores.image >= threshold, "anomalous", "normal"),
         }
     )
 

@@ -150,3 +150,61 @@ def score_distributions(scores: np.ndarray, labels: np.ndarray, groups: Sequence
     axes[0, 0].legend(ncols=2, loc="upper right", fontsize=7)
     axes[-1, 0].set_xlabel("image score (L2); solid: the category's own optimal threshold, dashed: one for all")
     return figure
+
+
+def known_unknown_bars(table: pd.DataFrame) -> Figure:
+    """Draw F1 per category with and without class labels at evaluation, image level above pixel level.
+
+    Args:
+        table: `scenario_f1` of banks trained without labels; the bars are means over seeds.
+    """
+    levels, methods = ["image", "pixel"], [m for m in METHOD_COLOURS if m in set(table["method"])]
+    categories = [c for c in dict.fromkeys(table["category"]) if c != "mean"] + ["mean"]
+    figure, axes = plt.subplots(len(levels), 1, figsize=(7.0, 4.6), sharex=True)
+    width = 0.8 / (2 * len(methods))
+    for ax, level in zip(axes, levels, strict=True):
+        means = table[table["level"] == level].groupby(["method", "category"])[["known", "unknown"]].mean()
+        for i, method in enumerate(methods):
+            for j, kind in enumerate(("known", "unknown")):
+                values = means.loc[method][kind].reindex(categories)
+                place = np.arange(len(categories)) + (2 * i + j - len(methods) + 0.5) * width
+                look = {"facecolor": METHOD_COLOURS[method]} if kind == "known" else {"facecolor": "white", "hatch": "////"}
+                ax.bar(place, values, width, edgecolor=METHOD_COLOURS[method], label=f"{method}, {kind}", **look)
+        ax.set_ylabel(f"{level} F1 (%)")
+        ax.set_ylim(0, 105)
+    axes[-1].set_xticks(range(len(categories)), [c.replace("_", "\n") for c in categories])
+    axes[0].legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.28), fontsize=7.5)
+    return figure
+
+
+def first_component(encoder: object, image: np.ndarray) -> np.ndarray:
+    """Project the patches of one image on their first principal component.
+
+    Args:
+        encoder: from `load_encoder`.
+        image: `(H, W, 3)` uint8.
+
+    Returns:
+        `(h, w)` float, scaled to 0..1; the sign is chosen so that the centre of the image is bright.
+    """
+    maps, _ = encoder.forward(encoder.prepare([image]))
+    patches = next(reversed(maps.values()))[0].float().cpu().numpy()  # (h, w, C)
+    flat = patches.reshape(-1, patches.shape[-1])
+    flat = flat - flat.mean(0)
+    component = (flat @ np.linalg.svd(flat, full_matrices=False)[2][0]).reshape(patches.shape[:2])
+    h, w = component.shape
+    centre = component[h // 4 : -h // 4, w // 4 : -w // 4].mean()
+    component = component if centre >= component.mean() else -component
+    low, high = np.quantile(component, [0.01, 0.99])
+    return np.clip((component - low) / (high - low), 0, 1)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, left_title: str, right_title: str) -> Figure:
+    """Draw an image and a map of it at the same size."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.0, 2.9))
+    axes[0].imshow(left)
+    axes[1].imshow(right, cmap="viridis", extent=(0, left.shape[1], left.shape[0], 0), interpolation="nearest")
+    for ax, title in zip(axes, (left_title, right_title), strict=True):
+        ax.set_title(title)
+    _image_axes(axes)
+    return figure

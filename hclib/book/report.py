@@ -11,6 +11,31 @@ VERDICTS = {True: "holds", False: "does not hold", None: "not decided"}
 CLAIMS = "claims"
 
 
+def image_counts(index: pd.DataFrame) -> pd.DataFrame:
+    """Return image counts per category, with the number of defect types and of masks for anomalous test images."""
+    test = index["split"] == "test"
+    anomalous = test & (index["label"] == 1)
+    columns = {
+        "train normal": ~test & (index["label"] == 0),
+        "test normal": test & (index["label"] == 0),
+        "test anomalous": anomalous,
+        "masks": anomalous & (index["mask_path"] != ""),
+    }
+    table = pd.DataFrame({name: rows.groupby(index["category"]).sum() for name, rows in columns.items()})
+    table.insert(3, "defect types", index[anomalous].groupby("category")["defect"].nunique())
+    return table
+
+
+def describe(index: pd.DataFrame) -> str:
+    """Return a data set's size in words, for the box at the top of a page."""
+    counts = image_counts(index)
+    total = counts[["train normal", "test normal", "test anomalous"]].sum()
+    return (
+        f"{len(counts)} categories ({', '.join(counts.index)}), {total.iloc[0]} normal training images, "
+        f"{total.iloc[1]} normal and {total.iloc[2]} anomalous test images"
+    )
+
+
 def setting(*, data: str, encoder: str, training: str, thresholds: str, paper: str) -> Markdown:
     """Return the box that opens a table page: what was measured here, and where that differs from the paper.
 
@@ -70,3 +95,88 @@ def spread(frame: pd.DataFrame, by: list[str], value: str, *, scale: float = 1.0
         return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
     return frame.groupby(by, sort=False)[value].agg(text)
+
+
+def _page_link(row: pd.Series) -> str:
+    return f"../{row['profile']}/{row['page']}.ipynb"
+
+
+def claims_at_a_glance(claims: pd.DataFrame) -> Markdown:
+    """Return a table of verdicts: a row per claim, a column per profile and data set."""
+    if claims.empty:
+        return Markdown("*No claim has been tested yet.*")
+    columns = list(dict.fromkeys(zip(claims["profile"], claims["dataset"], strict=True)))
+    lines = ["| claim | " + " | ".join(f"{p}: {d}" for p, d in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for statement, rows in claims.groupby("statement", sort=False):
+        cells = []
+        for profile, dataset in columns:
+            mine = rows[(rows["profile"] == profile) & (rows["dataset"] == dataset)]
+            cells.append(", ".join(f"{r['verdict']} ({r['encoder']}, {r['image_size']} px)" for _, r in mine.iterrows()))
+        lines.append(f"| {statement} | " + " | ".join(cells) + " |")
+    return Markdown("\n".join(lines))
+
+
+def claims_in_full(claims: pd.DataFrame) -> Markdown:
+    """Return every claim with its evidence, its source and a link to its page."""
+    lines = []
+    for statement, rows in claims.groupby("statement", sort=False):
+        lines += [f"**{statement}** ({rows['source'].iloc[0]})", ""]
+        for _, row in rows.iterrows():
+            lines.append(f"- *{row['profile']}*: **{row['verdict']}**. {row['evidence']} [Page]({_page_link(row)})")
+        lines.append("")
+    return Markdown("\n".join(lines))
+
+
+def versions() -> pd.DataFrame:
+    """Return the versions of what the numbers and pages depend on."""
+    from importlib.metadata import version
+
+    names = ["torch", "timm", "faiss-cpu", "finch-clust", "numpy", "scikit-learn", "scikit-image", "pandas"]
+    names += ["jupyter-book", "sphinx", "myst-nb", "papermill", "jupytext", "nbval"]
+    return pd.DataFrame([(name, version(name)) for name in names], columns=["package", "version"])
+
+
+def record_status(profiles: list[str]) -> pd.DataFrame:
+    """Return one row per experiment and profile: configurations, data, encoders, seconds, and how many are current."""
+    rows = []
+    for profile in profiles:
+        for path in sorted((records.records_dir() / profile).glob("*.jsonl")):
+            if path.stem == CLAIMS:
+                continue
+            frame = records.load(path.stem, profile)
+            configs = frame.drop_duplicates("config_hash")
+            rows.append(
+                {
+                    "profile": profile,
+                    "experiment": path.stem,
+                    "configurations": len(configs),
+                    "rows": len(frame),
+                    "data": ", ".join(sorted(frame["dataset"].unique())),
+                    "encoders": ", ".join(sorted(frame["encoder"].unique())),
+                    "minutes": round(configs["seconds"].sum() / 60, 1),
+                    "code unchanged": f"{(~records.stale(configs)).sum()} of {len(configs)}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def counts_beside_paper(indices: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return our image counts beside HierCore's Table 2 for the categories that both have: ours, paper, difference.
+
+    Args:
+        indices: data set name -> index frame; `realmix` stands for MVTec AD where a category has its name.
+    """
+    from hclib.evaluation.published import load_published
+
+    names = {"mvtec": "MVTec AD", "visa": "VisA", "mpdd": "MPDD", "btad": "BTAD", "realmix": "MVTec AD"}
+    kinds = {"train normal": "train_normal_count", "test normal": "test_normal_count", "test anomalous": "test_abnormal_count"}
+    paper = load_published("hiercore", "2")
+    rows = []
+    for name, index in indices.items():
+        for category, ours in image_counts(index).iterrows():
+            theirs = paper[(paper["dataset"] == names.get(name)) & (paper["class"] == category)].set_index("metric")["value"]
+            for kind, metric in kinds.items() if len(theirs) else ():
+                value = int(float(theirs[metric]))
+                rows.append((name, category, kind, int(ours[kind]), value, int(ours[kind]) - value))
+    columns = ["data set", "category", "images", "ours", "paper", "difference"]
+    return pd.DataFrame(rows, columns=columns).set_index(columns[:3])

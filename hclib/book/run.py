@@ -53,6 +53,14 @@ def read_source(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def declared_parameters(path: Path) -> dict[str, str]:
+    """Return the parameters of a notebook's parameters cell: name -> default, as text."""
+    cells = [cell for cell in read_source(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    lines = [line.partition("#")[0] for line in cells[0].source.splitlines()] if cells else []
+    pairs = [line.partition("=") for line in lines if "=" in line]
+    return {name.partition(":")[0].strip(): value.strip() for name, _, value in pairs}
+
+
 def profile_parameters(profile: str, name: str, declared: set[str]) -> dict:
     """Return what `profiles.yml` sets for one notebook.
 
@@ -104,7 +112,7 @@ def execute(
         scratch.mkdir(parents=True, exist_ok=True)
         raw = scratch / f"{name}.ipynb"
         nbformat.write(read_source(source), raw)
-        declared = set(papermill.inspect_notebook(str(raw)))
+        declared = set(declared_parameters(source))
         if parameters:
             check_parameters(name, parameters, declared)
         values = {**profile_parameters(profile, name, declared), **(parameters or {})}

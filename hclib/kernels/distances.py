@@ -19,6 +19,8 @@ SPARE = 7  # candidates kept beyond k, so that near-ties are settled by the dire
 DOUBT = 2.0**-18  # bound on the rounding of the product, relative to the squared norms
 NEAR = 0.01  # patch_to_image: minima below this part of the squared norms are evaluated again directly
 
+PAIR_VALUES = 1 << 22  # values of gathered vectors held at a time: 16 MB
+
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """Return the device that `device` means here; "auto" is CUDA where there is one, else the CPU.
@@ -67,6 +69,24 @@ def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int = 1) -> tuple[torc
         keep = min(k + SPARE, len(bank))
         squared, indices, scale = _candidates(queries, bank, keep)
         return _settle(queries, bank, squared, indices, scale, k)
+
+
+def pair_distances(queries: torch.Tensor, bank: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Measure given pairs directly, as sum((q - b)^2): squared L2, without the cancellation of a product.
+
+    Args:
+        queries: (Q, C) floating point.
+        bank: (M, C) floating point.
+        indices: (Q, k) int64 into `bank`.
+
+    Returns:
+        (Q, k) float32, squared L2.
+    """
+    step = max(1, PAIR_VALUES // (indices.shape[1] * queries.shape[1]))
+    result = torch.empty(indices.shape, device=queries.device)
+    for part in (slice(start, start + step) for start in range(0, len(queries), step)):
+        result[part] = _squared(queries[part, None], bank[indices[part]])
+    return result
 
 
 def patch_to_image(
@@ -149,8 +169,7 @@ def _settle_minima(
     for part in near.nonzero().split(4096):
         a, p, b = part.T
         best = squared[a, p, b].topk(min(4, squared.shape[3]), dim=1, largest=False).indices  # (n, 4)
-        difference = left.patches[a, p][:, None] - right.patches[b[:, None], best]
-        least[a, p, b] = difference.square_().sum(2).amin(1)
+        least[a, p, b] = _squared(left.patches[a, p][:, None], right.patches[b[:, None], best]).amin(1)
     return least.clamp_(min=0).sqrt_()
 
 
@@ -210,13 +229,16 @@ def _settle(
         doubt = DOUBT * (2 * approximate[:, k - 1] + 3 * scale)  # >= DOUBT * (|q|^2 + |b|^2)
         rival = approximate <= approximate[:, k - 1 : k] + doubt[:, None]
         row, column = rival.nonzero(as_tuple=True)
-        difference = queries[part][row].float() - bank[candidate[row, column]].float()
         exact = torch.full_like(approximate, torch.inf)
-        exact[row, column] = difference.square_().sum(1)
+        exact[row, column] = _squared(queries[part][row], bank[candidate[row, column]])
         order = candidate.argsort(1)
         order = order.gather(1, exact.gather(1, order).argsort(dim=1, stable=True))[:, :k]
         values[part], chosen[part] = exact.gather(1, order).sqrt_(), candidate.gather(1, order)
     return values, chosen
+
+
+def _squared(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left.float() - right.float()).square_().sum(-1)
 
 
 def _vectors(array: torch.Tensor, name: str, dims: int) -> torch.Tensor:

@@ -12,7 +12,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -111,19 +110,17 @@ def resize_mask(mask: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     Returns:
         (h, w) bool.
     """
-    height, width = mask.shape
     h, w = (size, size) if isinstance(size, int | np.integer) else size
+    height, width = mask.shape
+    if (h, w) == (height, width):
+        return np.array(mask, bool)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return np.zeros((h, w), bool)
-    if (h, w) == (height, width):
-        return np.array(mask, bool)
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    kind = np.float32 if height * width < 2**24 else np.float64  # whole numbers, exact in either
-    part = mask[top:bottom, left:right].astype(kind)
-    area = (
-        _overlap(height, h, kind)[:, top:bottom] @ part @ _overlap(width, w, kind)[:, left:right].T
-    )  # (h, w)
+    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    area = _sums(
+        _sums(part, h, rows[0], height).T, w, columns[0], width
+    ).T  # (h, w), height * width when full
     resized = 2 * area >= height * width
     return resized if resized.any() else area == area.max()
 
@@ -200,10 +197,14 @@ def _eight_bit(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
     return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
 
 
-@lru_cache(maxsize=32)
-def _overlap(length: int, parts: int, kind: type) -> np.ndarray:
-    """Return (parts, length): how far pixel j reaches into part i, in units of 1 / (length * parts)."""
-    pixel = np.arange(length) * parts
-    part = np.arange(parts)[:, None] * length
-    reach = np.minimum(pixel + parts, part + length) - np.maximum(pixel, part)
-    return np.maximum(reach, 0).astype(kind)
+def _sums(values: np.ndarray, parts: int, start: int, length: int) -> np.ndarray:
+    """Sum the rows of a (length, m) array over `parts` equal stretches, times `parts`; exact in whole numbers.
+
+    Of the array, `values` (n, m) are the rows from `start` on; the others are zero. Gives (parts, m) int64.
+    """
+    edges = np.clip(np.arange(parts + 1) * length - start * parts, 0, len(values) * parts)
+    whole, rest = np.divmod(edges, parts)  # edge i lies rest / parts into row whole
+    before = np.zeros((len(values) + 2, values.shape[1]), np.int64)  # sums over the rows before each one
+    np.cumsum(values, axis=0, out=before[1:-1])
+    before[-1] = before[-2]
+    return np.diff((parts - rest)[:, None] * before[whole] + rest[:, None] * before[whole + 1], axis=0)

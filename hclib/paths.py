@@ -47,8 +47,9 @@ def published_dir() -> Path:
 
 
 def records_dir() -> Path:
-    """Return the folder of committed Records."""
-    return _book("records")
+    """Return the folder of Records: `$HCLIB_RECORDS`, or the committed ones."""
+    elsewhere = os.environ.get("HCLIB_RECORDS")
+    return Path(elsewhere).expanduser() if elsewhere else _book("records")
 
 
 def results_dir(profile: str) -> Path:

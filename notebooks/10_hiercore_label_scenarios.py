@@ -24,10 +24,9 @@ seeds: list = [0]  # one run of every setting per seed: coreset start, projectio
 import pandas as pd
 
 from hclib.book import figures, report
-from hclib.book.experiments import cached_label_scenario, fit_and_score, scenario_configs
+from hclib.book.experiments import label_scenario, recorded, scenario_configs
 from hclib.book.scenario_tables import beside_paper, diff_ratios, f1_table, label_verdicts, scenario_f1
 from hclib.data.datasets import load_index
-from hclib.evaluation.thresholds import best_f1_threshold
 
 figures.use_style()
 
@@ -64,7 +63,7 @@ report.setting(
 # %%
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 configs = scenario_configs({**base, "options": {"ratio": ratio}}, seeds)
-results = pd.concat([cached_label_scenario(config) for config in configs], ignore_index=True)
+results = pd.concat([recorded("label_scenarios", config, label_scenario) for config in configs], ignore_index=True)
 results.groupby(["method", "train_labels"])[["banks", "bank_entries", "seconds"]].mean().round(1)
 
 # %% [markdown]
@@ -113,12 +112,8 @@ beside_paper(results, dataset)
 # apart; the one that is best for all together (dashed) is too high for some and too low for others.
 
 # %%
-detector, scores, test = fit_and_score({**configs[0], "seed": seeds[0]})
-labels, names = test.index["label"].to_numpy(), test.index["category"].to_numpy()
-own = [(n, best_f1_threshold(labels[names == n], scores.image[names == n]), "class") for n in sorted(set(names))]
-one = [(n, best_f1_threshold(labels, scores.image), "global") for n in sorted(set(names))]
-marks = pd.DataFrame(own + one, columns=["group", "threshold", "kind"])
-panel = figures.score_distributions(scores.image, labels, names, marks)
+one_bank = results.query("method == 'PatchCore' and seed == @seeds[0] and level == 'image'")
+panel = figures.score_distributions(one_bank)
 
 # %% [markdown]
 # ## F1 per category, known against unknown

@@ -5,6 +5,7 @@ Notebooks and sweeps call these through `hclib.evaluation.records.cached`, so th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -12,12 +13,13 @@ import pandas as pd
 
 from hclib.data.datasets import load_index
 from hclib.evaluation import records
-from hclib.evaluation.scenarios import evaluate
+from hclib.evaluation.scenarios import evaluate_rules
 from hclib.kernels.encoders import load_encoder
 from hclib.kernels.features import Features
 from hclib.kernels.maps import Scores
 from hclib.methods import HierCore, PatchCore
 
+GROUP_RULES = ["class/class", "global/class", "group/class", "group/cluster"]  # thresholds / aggregation of F1
 METHODS = {"PatchCore": PatchCore, "HierCore": HierCore}
 
 
@@ -52,20 +54,44 @@ def fit_and_score(config: dict) -> tuple[object, Scores, Features]:
 
 
 def label_scenario(config: dict) -> pd.DataFrame:
-    """Return the F1 table of one detector under the threshold rules of `config["thresholds"]`.
+    """Return the metrics of one detector under every threshold rule of `config["rules"]`.
 
     Returns:
-        Rows of `evaluate`, one set per threshold rule, with the number of banks and their coreset entries.
+        Rows of `evaluate`, one set per rule, with the number of banks and of their coreset entries; the image rows under
+        the first rule also hold the image scores themselves (`normal_scores`, `anomalous_scores`).
     """
     detector, scores, test = fit_and_score(config)
     banks = getattr(detector, "banks", None) or [detector.bank]
-    frames = [evaluate(scores, test.index, thresholds=rule, size=config["size"]) for rule in config["thresholds"]]
-    return pd.concat(frames, ignore_index=True).assign(banks=len(banks), bank_entries=sum(len(b.points) for b in banks))
+    rules = [tuple(rule.split("/")) for rule in config["rules"]]
+    frames = evaluate_rules(scores, test.index, rules, size=config["size"])
+    frames[0] = frames[0].merge(score_lists(scores.image, test.index), on=["category", "level"], how="left")
+    counts = {"banks": len(banks), "bank_entries": sum(len(bank.points) for bank in banks)}
+    return pd.concat(frames, ignore_index=True).assign(**counts)
 
 
-def cached_label_scenario(config: dict) -> pd.DataFrame:
-    """Return `label_scenario(config)` from its Record, computing it where it is missing."""
-    return records.cached("label_scenarios", config["profile"], config, lambda: label_scenario(config))
+def score_lists(image: np.ndarray, index: pd.DataFrame) -> pd.DataFrame:
+    """Return the image scores of every category as two sorted lists, normal and anomalous."""
+    rows = []
+    for category, members in index.groupby("category").indices.items():
+        normal = index["label"].to_numpy()[members] == 0
+        values = [np.sort(image[members][part]).astype(float).tolist() for part in (normal, ~normal)]
+        rows.append({"category": category, "level": "image", "normal_scores": values[0], "anomalous_scores": values[1]})
+    return pd.DataFrame(rows)
+
+
+def recorded(experiment: str, config: dict, compute: Callable[[dict], pd.DataFrame]) -> pd.DataFrame:
+    """Return the Records of `compute(config)`, computing them where they are missing.
+
+    Under the profile "demo" Records made by other code than today's are computed anew; under the others, where that takes
+    hours, they are kept and the status page counts them.
+    """
+    profile, stored = config["profile"], records.load(experiment, config["profile"])
+    if profile == "demo" and len(stored):
+        stored = stored[stored["config_hash"] == records.config_hash(config)]
+        stale = len(records.stale(stored)) > 0
+    else:
+        stale = False
+    return records.cached(experiment, profile, config, lambda: compute(config), refresh=stale)
 
 
 def scenario_configs(base: dict, seeds: list[int]) -> list[dict]:
@@ -76,10 +102,10 @@ def scenario_configs(base: dict, seeds: list[int]) -> list[dict]:
         seeds: one set of configs for each.
     """
     settings = [
-        {"method": "PatchCore", "train_labels": "unknown", "test_labels": "unknown", "thresholds": ["class", "global"]},
-        {"method": "HierCore", "train_labels": "unknown", "test_labels": "unknown", "thresholds": ["class", "global", "group"]},
-        {"method": "HierCore", "train_labels": "known", "test_labels": "known", "thresholds": ["class"]},
-        {"method": "HierCore", "train_labels": "known", "test_labels": "unknown", "thresholds": ["class", "global", "group"]},
+        {"method": "PatchCore", "train_labels": "unknown", "test_labels": "unknown", "rules": ["class/class", "global/class"]},
+        {"method": "HierCore", "train_labels": "unknown", "test_labels": "unknown", "rules": GROUP_RULES},
+        {"method": "HierCore", "train_labels": "known", "test_labels": "known", "rules": ["class/class"]},
+        {"method": "HierCore", "train_labels": "known", "test_labels": "unknown", "rules": GROUP_RULES},
     ]
     return [{**base, **setting, "seed": seed} for seed in seeds for setting in settings]
 

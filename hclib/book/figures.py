@@ -126,26 +126,27 @@ def heat_maps(index: pd.DataFrame, maps: np.ndarray, thresholds: Sequence[float]
     return figure
 
 
-def score_distributions(scores: np.ndarray, labels: np.ndarray, groups: Sequence[str], marks: pd.DataFrame) -> Figure:
-    """Draw the score distribution of every group, normal against anomalous, with its thresholds.
+def score_distributions(rows: pd.DataFrame) -> Figure:
+    """Draw the image scores of every category, normal against anomalous, with its own and the global threshold.
 
     Args:
-        scores: `(N,)` image scores.
-        labels: `(N,)` 0 normal, 1 anomalous.
-        groups: N names; one row of axes each, in sorted order.
-        marks: columns `group, threshold, kind`; one vertical line per row, dashed where `kind` is "global".
+        rows: image-level Records of one detector under the rules "class" and "global"; the former hold `normal_scores` and
+            `anomalous_scores`.
     """
-    names = sorted(set(groups))
-    figure, axes = plt.subplots(len(names), 1, figsize=(7.0, 0.75 * len(names) + 0.7), sharex=True, squeeze=False)
-    edges = np.linspace(scores.min(), np.quantile(scores, 0.995), 60)
-    groups = np.asarray(groups)
-    for ax, name in zip(axes[:, 0], names, strict=True):
-        mine = groups == name
-        for value, colour, text in ((0, NORMAL, "normal"), (1, ANOMALOUS, "anomalous")):
-            ax.hist(np.clip(scores[mine & (labels == value)], None, edges[-1]), edges, color=colour, alpha=0.6, label=text)
-        for mark in marks[marks["group"] == name].itertuples():
-            ax.axvline(mark.threshold, color="black", linestyle="--" if mark.kind == "global" else "-", linewidth=1.2)
-        ax.set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=8)
+    own = rows[(rows["thresholds"] == "class") & (rows["category"] != "mean")].set_index("category")
+    common = rows.loc[rows["thresholds"] == "global", "threshold"].iloc[0]
+    values = np.concatenate([np.concatenate([row.normal_scores, row.anomalous_scores]) for row in own.itertuples()])
+    edges = np.linspace(values.min(), np.quantile(values, 0.995), 60)
+    figure, axes = plt.subplots(len(own), 1, figsize=(7.0, 0.75 * len(own) + 0.7), sharex=True, squeeze=False)
+    for ax, row in zip(axes[:, 0], own.itertuples(), strict=True):
+        for scores, colour, text in (
+            (row.normal_scores, NORMAL, "normal"),
+            (row.anomalous_scores, ANOMALOUS, "anomalous"),
+        ):
+            ax.hist(np.clip(scores, None, edges[-1]), edges, color=colour, alpha=0.6, label=text)
+        ax.axvline(row.threshold, color="black", linewidth=1.4)
+        ax.axvline(common, color="black", linewidth=1.2, linestyle="--")
+        ax.set_ylabel(row.Index.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=8)
         ax.set_yticks([])
     axes[0, 0].legend(ncols=2, loc="upper right", fontsize=7)
     axes[-1, 0].set_xlabel("image score (L2); solid: the category's own optimal threshold, dashed: one for all")

@@ -154,7 +154,7 @@ def record_status(profiles: list[str]) -> pd.DataFrame:
                     "data": ", ".join(sorted(frame["dataset"].unique())),
                     "encoders": ", ".join(sorted(frame["encoder"].unique())),
                     "minutes": round(configs["seconds"].sum() / 60, 1),
-                    "code unchanged": f"{(~records.stale(configs)).sum()} of {len(configs)}",
+                    "code unchanged": f"{len(configs) - len(records.stale(configs))} of {len(configs)}",
                 }
             )
     return pd.DataFrame(rows)

@@ -17,7 +17,8 @@ metrics. Means leave NaN out, and `reason` says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ class Cell(NamedTuple):
 def evaluate(
     scores: Any,
     index: pd.DataFrame,
-    thresholds: str = "class",
+    thresholds: str | Sequence[str] = "class",
     *,
     size: int = 256,
     pixel: bool = True,
@@ -64,15 +65,16 @@ def evaluate(
         scores: `Scores` of the N images of `index`, in its order: `image` (N,) float, `group` (N,) int, and
             for pixels `patch` (N, h, w), `subset(rows)` and `upsample(size)` -> (n, size, size) float.
         index: index frame of the N scored images (`path, mask_path, category, label`).
-        thresholds: "class", "global" or "group" (see the module); all are oracles.
+        thresholds: "class", "global" or "group" (see the module); all are oracles. Several of them give the
+            rows of each in turn, for one reading of the masks and maps.
         size: side of the square on which pixels are compared.
         pixel: whether to add the pixel level.
         masks: (N, size, size) bool; None reads them from `index`. Then anomalous images without a mask are
             left out of the pixel level, and `reason` counts them.
-        aggregate: what F1 is computed over and averaged over. "class": the decisions, each made with the
-            threshold of its own pool, are scored per category, then averaged over categories. "cluster" (with
-            "group" thresholds only): per routed group, then averaged over groups. HierCore does not say which
-            it reports; see the reference notes, 1.2.
+        aggregate: what group thresholds' F1 is computed over and averaged over. "class": the decisions, each
+            made with the threshold of its own pool, are scored per category, then averaged over categories.
+            "cluster" (with "group" thresholds only): per routed group, then averaged over groups. HierCore
+            does not say which it reports; see the reference notes, 1.2.
         fpr_limit: upper end of AUPRO's false-positive rate.
 
     Returns:
@@ -88,10 +90,12 @@ def evaluate(
 
     Source: HierCore sections 4.2 and 4.4, Tables 4, 5 and B.11 to B.14.
     """
-    _check_choice(thresholds, aggregate)
-    return _frame(
-        _levels(scores, index, size=size, pixel=pixel, masks=masks), thresholds, aggregate, fpr_limit
-    )
+    choices = [thresholds] if isinstance(thresholds, str) else list(thresholds)
+    for choice in choices:
+        _check_choice(choice, aggregate)
+    levels = _levels(scores, index, size=size, pixel=pixel, masks=masks)
+    frames = [_frame(levels, choice, aggregate, fpr_limit) for choice in choices]
+    return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
 def diff_ratio(known: pd.DataFrame, unknown: pd.DataFrame) -> pd.DataFrame:
@@ -173,10 +177,19 @@ def scenario_table(
     return pd.concat(frames.values(), ignore_index=True)
 
 
-class _Level(NamedTuple):
+@dataclass(frozen=True)
+class _Level:
     name: str  # image or pixel
     cells: list[Cell]
     notes: dict[str, str]  # category -> what was left out
+    known: dict[tuple, dict[str, Any]] = field(default_factory=dict)
+
+    def measured(self, members: list[int], fpr_limit: float) -> dict[str, Any]:
+        """Measure the pool of some cells, once however many thresholds and scenarios ask for it."""
+        key = (fpr_limit, *sorted(members))
+        if key not in self.known:
+            self.known[key] = _measure(pool(self.cells[i].ranking for i in key[1:]), fpr_limit)
+        return self.known[key]
 
 
 def _levels(
@@ -236,18 +249,11 @@ def _frame(levels: list[_Level], thresholds: str, aggregate: str, fpr_limit: flo
 
 def _level_rows(level: _Level, thresholds: str, aggregate: str, fpr_limit: float) -> list[dict[str, Any]]:
     cells = level.cells
-    memo: dict[tuple[int, ...], dict[str, Any]] = {}
-
-    def measured(members: list[int]) -> dict[str, Any]:
-        if (key := tuple(members)) not in memo:
-            memo[key] = _measure(pool(cells[i].ranking for i in members), fpr_limit)
-        return memo[key]
-
     pools = _members(cells, thresholds)
-    cut = {i: (name, measured(members)) for name, members in pools.items() for i in members}
+    cut = {i: (name, level.measured(members, fpr_limit)) for name, members in pools.items() for i in members}
     rows = []
     for name, members in _members(cells, aggregate).items():
-        found = measured(members)
+        found = level.measured(members, fpr_limit)
         hits, alarms = np.sum(
             [confusion(cells[i].ranking, cut[i][1]["cut"]) for i in members], axis=0
         ).tolist()

@@ -33,6 +33,8 @@ class HierCore:
         ratio: coreset ratio of every bank.
         neighbors: bank neighbours averaged per patch.
         squared: report squared L2 instead of L2.
+        sigma: Gaussian smoothing of the pixel maps in pixels (PatchCore's program; the paper names only bilinear
+            upsampling); image scores do not use it.
         image_score: "map_max", the maximum of the upsampled map (paper, 3.3), or "max" over patches (reference program).
         clustering: "finch", "kmeans" or "dbscan"; ignored where labels are given.
         clustering_options: further options of `hclib.kernels.clustering.semantic_clusters`, for example
@@ -56,6 +58,7 @@ class HierCore:
         ratio: float = 0.1,
         neighbors: int = 1,
         squared: bool = False,
+        sigma: float = 4.0,
         image_score: str = "map_max",
         clustering: str = "finch",
         clustering_options: dict | None = None,
@@ -74,7 +77,7 @@ class HierCore:
             "patch_size": patch_size,
         }
         self.score_options = {"neighbors": neighbors, "squared": squared, "dim": dim, "patch_size": patch_size}
-        self.image_score = image_score
+        self.image_score, self.sigma = image_score, sigma
         self.clustering = clustering
         self.clustering_options = dict(clustering_options or {})
         self.seed = seed
@@ -158,7 +161,7 @@ class HierCore:
             if patch is None:
                 patch = np.empty((len(test), *values.shape[1:]), np.float32)
             patch[rows] = values
-        return Scores(patch, image_scores(patch, self.image_score), group)
+        return Scores(patch, image_scores(patch, self.image_score), group, self.sigma)
 
     def save(self, folder: str | Path) -> None:
         """Write options and class names (JSON), keys and banks (safetensors) to `folder`."""
@@ -183,6 +186,7 @@ class HierCore:
             **self.bank_options,
             **self.score_options,
             "image_score": self.image_score,
+            "sigma": self.sigma,
             "clustering": self.clustering,
             "clustering_options": self.clustering_options,
             "seed": self.seed,

@@ -142,6 +142,7 @@ class PatchCore:
         ratio: coreset ratio.
         neighbors: bank neighbours averaged per patch.
         squared: report squared L2 instead of L2. Ranks of one-neighbour scores are the same, thresholds are not.
+        sigma: Gaussian smoothing of the pixel maps in pixels, as in the reference program; image scores do not use it.
         image_score: "max" over patches (reference program) or "map_max", the maximum of the upsampled map (HierCore 3.3).
         sampler: "greedy" or "random" coreset.
         projection: width of the random projection inside the coreset, None for none.
@@ -157,6 +158,7 @@ class PatchCore:
         ratio: float = 0.1,
         neighbors: int = 1,
         squared: bool = False,
+        sigma: float = 4.0,
         image_score: str = "max",
         sampler: str = "greedy",
         projection: int | None = 128,
@@ -174,7 +176,7 @@ class PatchCore:
             "seed": seed,
         }
         self.score_options = {"neighbors": neighbors, "squared": squared, "dim": dim, "patch_size": patch_size}
-        self.image_score = image_score
+        self.image_score, self.sigma = image_score, sigma
         self.device = str(device)
         self.bank: MemoryBank | None = None
 
@@ -195,7 +197,7 @@ class PatchCore:
         if self.bank is None:
             raise RuntimeError("PatchCore has no memory bank yet: call fit(train) or PatchCore.load(folder) first")
         patch = score_patches(self.bank, test, **self.score_options)
-        return Scores(patch, image_scores(patch, self.image_score), np.zeros(len(patch), np.int64))
+        return Scores(patch, image_scores(patch, self.image_score), np.zeros(len(patch), np.int64), self.sigma)
 
     def save(self, folder: str | Path) -> None:
         """Write options (JSON) and bank (safetensors) to `folder`; a loaded copy gives the same scores bit for bit."""
@@ -212,4 +214,4 @@ class PatchCore:
         return detector
 
     def _options(self) -> dict:
-        return {**self.bank_options, **self.score_options, "image_score": self.image_score}
+        return {**self.bank_options, **self.score_options, "image_score": self.image_score, "sigma": self.sigma}

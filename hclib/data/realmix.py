@@ -1,9 +1,9 @@
 """How the realmix benchmark is made from five public repositories (its sixth part, MTD, is used as it is).
 
-Images are made smaller by the sizes and JPEG qualities below, masks by area average. The resampling filter is
-known to be Lanczos for screw and taken to be so for ball_screw, cookie and glassfiber; hazelnut_toy is
-copied. Files made here have the names of the benchmark but were not compared byte for byte with the copy
-behind the committed Records.
+Images are made smaller by the sizes and JPEG qualities below, masks by Pillow's box filter (white from 128).
+The filter of the images is known to be Lanczos for screw and taken to be so for ball_screw, cookie and
+glassfiber; hazelnut_toy is copied. Images made here have the names of those behind the committed Records but
+were not compared with them byte for byte.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hclib.data.layouts import DatasetError
-from hclib.images import read_image, read_mask, resize_mask
+from hclib.images import read_image, read_mask
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,16 @@ def _write_image(source: Path, target: Path, part: Part) -> None:
 def _write_mask(source: Path, target: Path, part: Part) -> None:
     """Write a mask of 0 and 255, from a mask image or from labelme polygons."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    mask = _drawn(json.loads(source.read_text())) if source.suffix == ".json" else read_mask(source)
-    mask = mask if part.size is None else resize_mask(mask, part.size[::-1])
-    Image.fromarray(mask.astype(np.uint8) * 255).save(target)
+    if source.suffix == ".json":
+        mask = _drawn(json.loads(source.read_text()))
+    else:
+        mask = Image.fromarray(read_mask(source).astype(np.uint8) * 255)
+    mask.resize(part.size or mask.size, Image.Resampling.BOX).point([0] * 128 + [255] * 128).save(target)
 
 
-def _drawn(label: dict) -> np.ndarray:
-    """Draw labelme polygons, edges included, as a mask (H, W) bool."""
+def _drawn(label: dict) -> Image.Image:
+    """Draw labelme polygons, edges included, in white on black."""
     canvas = Image.new("L", (label["imageWidth"], label["imageHeight"]))
     for shape in label["shapes"]:
         ImageDraw.Draw(canvas).polygon([tuple(point) for point in shape["points"]], fill=255, outline=255)
-    return np.asarray(canvas) > 0
+    return canvas

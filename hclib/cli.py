@@ -76,7 +76,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     actions.add_parser("list", help="data sets, and where they were found")
     get = actions.add_parser("get", help="fetch and verify data sets or encoder weights")
     get.add_argument("names", nargs="+", metavar="NAME", help="data sets, or 'weights' for the two offline encoders")
-    get.add_argument("--root", help="folder to put data in (default: the first of $HCLIB_DATA)")
+    get.add_argument("--root", help="folder to put data in (default: the first of $HCLIB_DATA, else the cache)")
     for action, text in (
         ("check", "compare image counts with the published ones (HierCore, Table 2)"),
         ("audit", "open every file: unreadable images, wrong masks, duplicates, leaks"),

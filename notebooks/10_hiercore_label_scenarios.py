@@ -64,7 +64,7 @@ report.setting(
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 configs = scenario_configs({**base, "options": {"ratio": ratio}}, seeds)
 results = pd.concat([recorded("label_scenarios", config, label_scenario) for config in configs], ignore_index=True)
-results.groupby(["method", "train_labels"])[["banks", "bank_entries", "seconds"]].mean().round(1)
+results.groupby(["method", "train_labels"])[["banks", "bank_entries"]].mean().round(1)
 
 # %% [markdown]
 # ## Table 4 here: trained without labels, image level

@@ -5,6 +5,8 @@ Notebooks and sweeps call these through `hclib.evaluation.records.cached`, so th
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -18,6 +20,7 @@ from hclib.kernels.encoders import load_encoder
 from hclib.kernels.features import Features
 from hclib.kernels.maps import Scores
 from hclib.methods import HierCore, PatchCore
+from hclib.paths import cache_dir
 
 GROUP_RULES = ["class/class", "global/class", "group/class", "group/cluster"]  # thresholds / aggregation of F1
 METHODS = {"PatchCore": PatchCore, "HierCore": HierCore}
@@ -25,8 +28,15 @@ METHODS = {"PatchCore": PatchCore, "HierCore": HierCore}
 
 @lru_cache(maxsize=4)
 def dataset_features(dataset: str, encoder: str, image_size: int) -> Features:
-    """Return the features of a whole data set, from the cache where they are there already."""
-    return load_encoder(encoder, image_size).extract(load_index(dataset))
+    """Return the features of a data set, from the cache where they are there already.
+
+    Args:
+        dataset: a name or path for `load_index`; `NAME:CATEGORY` takes one category of it.
+        encoder: name for `load_encoder`.
+        image_size: side in pixels.
+    """
+    name, _, category = dataset.partition(":")
+    return load_encoder(encoder, image_size).extract(load_index(name, categories=[category] if category else None))
 
 
 def split(features: Features) -> tuple[Features, Features]:
@@ -35,38 +45,55 @@ def split(features: Features) -> tuple[Features, Features]:
     return features.subset(train), features.subset(~train)
 
 
-def fit_and_score(config: dict) -> tuple[object, Scores, Features]:
-    """Fit the detector of a config and score its test set.
+def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
+    """Fit the detector of a config and score its test set; the scores are cached on disk.
 
     Args:
         config: `dataset, encoder, image_size, method, seed`; `train_labels` "known" or "unknown"; `test_labels` likewise
             (which bank an image goes to, not how thresholds are chosen); everything under `options` goes to the method.
 
     Returns:
-        The detector, its scores, and the test features.
+        The scores, what fitting gave and took (`banks, bank_entries, fit_seconds, score_seconds`; encoding is not in
+        the seconds), and the test features.
     """
     train, test = split(dataset_features(config["dataset"], config["encoder"], config["image_size"]))
+    keys = ("dataset", "encoder", "image_size", "method", "train_labels", "test_labels", "seed", "options")
+    name = records.config_hash({k: config.get(k) for k in keys}) + "-" + records.source_hash(("kernels", "methods", "data"))
+    store = cache_dir() / "scores" / name
+    if store.with_suffix(".json").is_file():
+        return Scores.load(store.with_suffix(".safetensors")), json.loads(store.with_suffix(".json").read_text()), test
     known = config.get("train_labels", "unknown") == "known"
+    start = time.perf_counter()
     detector = METHODS[config["method"]](seed=config["seed"], **config.get("options", {}))
     detector.fit(train, list(train.index["category"]) if known else None)
+    fitted = time.perf_counter()
     use = known and config.get("test_labels", "unknown") == "known"
-    return detector, detector.score(test, list(test.index["category"]) if use else None), test
+    scores = detector.score(test, list(test.index["category"]) if use else None)
+    banks = getattr(detector, "banks", None) or [detector.bank]
+    facts = {
+        "banks": len(banks),
+        "bank_entries": sum(len(bank.points) for bank in banks),
+        "fit_seconds": fitted - start,
+        "score_seconds": time.perf_counter() - fitted,
+    }
+    store.parent.mkdir(parents=True, exist_ok=True)
+    scores.save(store.with_suffix(".safetensors"))
+    store.with_suffix(".json").write_text(json.dumps(facts))
+    return scores, facts, test
 
 
 def label_scenario(config: dict) -> pd.DataFrame:
     """Return the metrics of one detector under every threshold rule of `config["rules"]`.
 
     Returns:
-        Rows of `evaluate`, one set per rule, with the number of banks and of their coreset entries; the image rows under
-        the first rule also hold the image scores themselves (`normal_scores`, `anomalous_scores`).
+        Rows of `evaluate`, one set per rule, with the facts of `fit_and_score`; the image rows under the first rule also
+        hold the image scores themselves (`normal_scores`, `anomalous_scores`).
     """
-    detector, scores, test = fit_and_score(config)
-    banks = getattr(detector, "banks", None) or [detector.bank]
+    scores, facts, test = fit_and_score(config)
     rules = [tuple(rule.split("/")) for rule in config["rules"]]
     frames = evaluate_rules(scores, test.index, rules, size=config["size"])
     frames[0] = frames[0].merge(score_lists(scores.image, test.index), on=["category", "level"], how="left")
-    counts = {"banks": len(banks), "bank_entries": sum(len(bank.points) for bank in banks)}
-    return pd.concat(frames, ignore_index=True).assign(**counts)
+    return pd.concat(frames, ignore_index=True).assign(**facts)
 
 
 def score_lists(image: np.ndarray, index: pd.DataFrame) -> pd.DataFrame:

@@ -133,7 +133,8 @@ def rank_pixels(chunks: Iterable[tuple[Any, Any]]) -> Ranking:
     Holds 4 bytes a pixel for float32 maps (twice that while chunks are joined), whatever the size of the
     chunks. Raises like `pixel_metrics`; rows in messages count from the first chunk.
     """
-    positives, negatives, regions, areas = [], [], [], []
+    positives, negatives = [], []
+    regions, areas = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     row = region = 0
     for masks, maps in chunks:
         maps = _floats(maps, 3, "maps")
@@ -147,10 +148,8 @@ def rank_pixels(chunks: Iterable[tuple[Any, Any]]) -> Ranking:
             areas.append(sizes)
             region += len(sizes)
         row += len(maps)
-    if not positives:
-        positives, negatives = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
-        regions, areas = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-    return _join(positives, negatives, regions, areas)
+    empty = [np.empty(0, np.float32)]
+    return _join(positives or empty, negatives or empty, regions, areas)
 
 
 def pool(rankings: Iterable[Ranking]) -> Ranking:
@@ -179,7 +178,7 @@ def confusion(ranking: Ranking, threshold: float) -> tuple[int, int]:
             cut = np.asarray(threshold, dtype=scores.dtype)  # keeps searchsorted from widening all scores
         if (
             float(cut) < threshold
-        ):  # rounded down to a score that lies below the threshold: move up to the next number
+        ):  # rounded down, maybe onto a score below the threshold: take the next number
             cut = np.nextafter(cut, np.asarray(np.inf, dtype=scores.dtype))
         counts.append(int(scores.size - np.searchsorted(scores, cut, side="left")))
     return counts[0], counts[1]

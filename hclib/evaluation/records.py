@@ -25,7 +25,7 @@ from hclib.evaluation.provenance import SourceError, git_commit, peak_memory, so
 from hclib.paths import cache_dir, records_dir
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_PATH = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\|file:)")
+_PATH = re.compile(r"(/\w|~/|[A-Za-z]:[\\/]|\\\\|file:)")
 
 
 class RecordError(ValueError):
@@ -153,7 +153,9 @@ def _record(
     }
     record = {"seed": None} | kept | row | measured
     for key, value in record.items():
-        if isinstance(value, str) and _PATH.match(value):
+        if any(
+            isinstance(v, str) and _PATH.match(v) for v in (value if isinstance(value, list) else [value])
+        ):
             raise RecordError(
                 f"row {number}, {key} is {value!r}, a path on this machine: store a name instead"
             )

@@ -98,6 +98,27 @@ def evaluate(
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
+def evaluate_rules(
+    scores: Any, index: pd.DataFrame, rules: Sequence[tuple[str, str]], *, fpr_limit: float = 0.3, **options: Any
+) -> list[pd.DataFrame]:
+    """Evaluate the same scores under several rules, upsampling and sorting the pixels once.
+
+    Args:
+        scores: as for `evaluate`.
+        index: as for `evaluate`.
+        rules: pairs (thresholds, aggregate) of `evaluate`.
+        fpr_limit: as for `evaluate`.
+        **options: `size, pixel, masks` of `evaluate`.
+
+    Returns:
+        One frame of `evaluate` per rule, in their order.
+    """
+    for rule in rules:
+        _check_choice(*rule)
+    levels = _levels(scores, index, **options)
+    return [_frame(levels, *rule, fpr_limit) for rule in rules]
+
+
 def diff_ratio(known: pd.DataFrame, unknown: pd.DataFrame) -> pd.DataFrame:
     """Compare F1 without class labels to F1 with them: HierCore's Diff. Ratio, as a fraction.
 

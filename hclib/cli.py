@@ -26,8 +26,8 @@ def _add_detect(commands: argparse._SubParsersAction) -> None:
     detect = commands.add_parser(
         "detect",
         help="score a folder of images against a folder of normal ones",
-        description="Learn from the images below TRAIN_DIR (all taken as normal, of one or of many unknown products), score "
-        "those below TEST_DIR, and write scores.csv, heatmaps/, report.html and the detector to OUT.",
+        description="Learn from the images below TRAIN_DIR (all taken as normal, of one or of many unknown products), "
+        "score those below TEST_DIR, and write scores.csv, heatmaps/, report.html and the detector to OUT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     detect.add_argument("train_dir", metavar="TRAIN_DIR", help="normal images, sub-folders included")
@@ -52,8 +52,8 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser(
         "run",
         help="execute notebooks of a profile",
-        description="Execute the notebooks of a profile into book/results/PROFILE; what is current is left. With -p the "
-        "outputs go to build/rerun/PROFILE and the committed results stay.",
+        description="Execute the notebooks of a profile into book/results/PROFILE; what is current is left. With -p "
+        "the outputs go to build/rerun/PROFILE and the committed results stay.",
     )
     run.add_argument("--profile", default="demo", choices=["demo", "real", "paper"], help="default: demo")
     run.add_argument("--only", action="append", metavar="NAME", help="notebook name or number; may be repeated")

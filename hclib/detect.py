@@ -108,7 +108,9 @@ def detect(
     index = _readable(_index(list_images(train_dir), list_images(test_dir)), skip_unreadable)
     is_train = (index["split"] == "train").to_numpy()
     if is_train.sum() < FEWEST:
-        raise DetectError(f"{train_dir} holds {is_train.sum()} readable images: at least {FEWEST} normal ones are needed")
+        raise DetectError(
+            f"{train_dir} holds {is_train.sum()} readable images: at least {FEWEST} normal ones are needed"
+        )
 
     features = load_encoder(encoder, image_size, device).extract(index)
     train, test = features.subset(is_train), features.subset(~is_train)
@@ -191,20 +193,26 @@ def _by_folder(table: pd.DataFrame) -> str:
     """Return a table of decisions per sub-folder and, where one is called `good`, the image AUROC against it."""
     folder = table["path"].str.rpartition("/")[0].replace("", ".")
     counts = table.groupby(folder)["decision"].agg(
-        images="size", anomalous=lambda d: int((d == "anomalous").sum()), share=lambda d: f"{(d == 'anomalous').mean():.0%}"
+        images="size",
+        anomalous=lambda d: int((d == "anomalous").sum()),
+        share=lambda d: f"{(d == 'anomalous').mean():.0%}",
     )
     text = counts.reset_index(names="folder").to_html(index=False, border=0)
     good = folder.str.rpartition("/")[2] == "good"
     if good.any() and not good.all():
         auroc = image_metrics((~good).astype(int).to_numpy(), table["score"].to_numpy())["auroc"]
-        text += f"<p>Taking the folder <code>good</code> as normal: image AUROC {auroc:.3f} (thresholds did not use it).</p>"
+        text += (
+            f"<p>With the folder <code>good</code> as normal: image AUROC {auroc:.3f} (not used by the thresholds).</p>"
+        )
     return text
 
 
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}th,td{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #ddd}
-.card{display:inline-block;margin:.35rem;padding:.4rem;border:1px solid #ddd;border-radius:6px;width:354px;vertical-align:top}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}
+th,td{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #ddd}
+.card{display:inline-block;margin:.35rem;padding:.4rem;border:1px solid #ddd;border-radius:6px;width:354px;
+vertical-align:top}
 .card.anomalous{border-color:#D55E00;border-width:2px}.card p{margin:.2rem 0;font-size:13px;overflow-wrap:anywhere}
 """
 
@@ -217,7 +225,8 @@ def _report(table: pd.DataFrame, thumbnails: dict[int, str], conditions: dict[st
         if row in thumbnails:
             cards.append(
                 f'<div class="card {item.decision}"><img alt="image and heat map" src="{thumbnails[row]}">'
-                f"<p><b>{item.decision}</b>, score {item.score:.3f}, threshold {item.threshold:.3f}, group {item.group}</p>"
+                f"<p><b>{item.decision}</b>, score {item.score:.3f}, threshold {item.threshold:.3f}, "
+                f"group {item.group}</p>"
                 f"<p>{html.escape(item.path)}</p></div>"
             )
     shown = f"{len(cards)} of {len(table)} images" if len(cards) < len(table) else f"all {len(table)} images"
@@ -225,7 +234,7 @@ def _report(table: pd.DataFrame, thumbnails: dict[int, str], conditions: dict[st
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>hclib detect</title><style>{_STYLE}</style>'
         f"<h1>Anomaly report</h1><table>{rows}</table><h2>Decisions per folder</h2>{_by_folder(table)}"
-        f"<h2>Images, highest score over threshold first</h2><p>Showing {shown}. Left the image, right its heat map; the "
-        f"colour scale runs from 0 to twice the threshold. All maps are under <code>heatmaps/</code>, all numbers in "
+        f"<h2>Images, highest score over threshold first</h2><p>Showing {shown}. Left the image, right its heat map; "
+        f"the colour scale runs from 0 to twice the threshold. All maps are under <code>heatmaps/</code>, all numbers in "
         f"<code>scores.csv</code>.</p>{''.join(cards)}</html>"
     )

@@ -22,7 +22,6 @@ image_size: int = 224  # side in pixels that images are resized to
 seeds: list = [0]  # the first one seeds the coreset
 
 # %%
-import numpy as np
 import pandas as pd
 from skimage import data
 

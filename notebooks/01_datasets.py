@@ -19,7 +19,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from hclib.book import figures, report
-from hclib.data.datasets import check, list_datasets, load_index
+from hclib.data.datasets import list_datasets, load_index
 from hclib.evaluation.published import load_published
 
 figures.use_style()

@@ -25,7 +25,12 @@ def test_a_notebook_declares_its_parameters_and_follows_the_rules(name):
         assert ":" in line.split("=")[0] and "#" in line, f"{line!r}: a type and a comment each"
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert max(len(source.splitlines()) for source in code) <= 25
-    assert sum(line.startswith("# ") for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines()) == 1
+    assert (
+        sum(
+            line.startswith("# ") for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines()
+        )
+        == 1
+    )
     assert not any(line.startswith("def ") for source in code for line in source.splitlines())
 
 

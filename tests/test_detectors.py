@@ -29,7 +29,9 @@ def make_features(counts=(12, 9, 15), *, grid=4, channels=6, seed=0, shift=0.0, 
             "defect": "good",
         }
     )
-    return Features({"block6": maps}, tokens, index, {"name": "fake", "image_size": 56, "layers": ["block6"], "weights_hash": "0"})
+    return Features(
+        {"block6": maps}, tokens, index, {"name": "fake", "image_size": 56, "layers": ["block6"], "weights_hash": "0"}
+    )
 
 
 def brute_force(train, test, patch_size=1):
@@ -121,7 +123,10 @@ def test_a_known_class_detector_keeps_its_names(tmp_path):
     labels = list(test.index["category"])
     detector = HierCore().fit(train, list(train.index["category"]))
     detector.save(tmp_path / "d")
-    assert detector.score(test, labels).patch.tobytes() == HierCore.load(tmp_path / "d").score(test, labels).patch.tobytes()
+    assert (
+        detector.score(test, labels).patch.tobytes()
+        == HierCore.load(tmp_path / "d").score(test, labels).patch.tobytes()
+    )
 
 
 def test_errors_name_what_is_wrong(tmp_path):

@@ -50,7 +50,9 @@ def test_import_takes_under_a_third_of_a_second():
 
 
 def test_import_loads_nothing_heavy():
-    code = "import sys, hclib; print([m for m in ('torch', 'numpy', 'pandas', 'faiss', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, hclib; print([m for m in ('torch', 'numpy', 'pandas', 'faiss', 'matplotlib') if m in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

@@ -49,8 +49,8 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     """Fit the detector of a config and score its test set; the scores are cached on disk.
 
     Args:
-        config: `dataset, encoder, image_size, method, seed`; `train_labels` "known" or "unknown"; `test_labels` likewise
-            (which bank an image goes to, not how thresholds are chosen); everything under `options` goes to the method.
+        config: `dataset, encoder, image_size, method, seed`; `train_labels` "known" or "unknown"; `test_labels`
+            likewise (which bank an image goes to, not how thresholds are chosen); everything under `options` goes to the method.
 
     Returns:
         The scores, what fitting gave and took (`banks, bank_entries, fit_seconds, score_seconds`; encoding is not in
@@ -58,7 +58,11 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     """
     train, test = split(dataset_features(config["dataset"], config["encoder"], config["image_size"]))
     keys = ("dataset", "encoder", "image_size", "method", "train_labels", "test_labels", "seed", "options")
-    name = records.config_hash({k: config.get(k) for k in keys}) + "-" + records.source_hash(("kernels", "methods", "data"))
+    name = (
+        records.config_hash({k: config.get(k) for k in keys})
+        + "-"
+        + records.source_hash(("kernels", "methods", "data"))
+    )
     store = cache_dir() / "scores" / name
     if store.with_suffix(".json").is_file():
         return Scores.load(store.with_suffix(".safetensors")), json.loads(store.with_suffix(".json").read_text()), test
@@ -86,8 +90,8 @@ def label_scenario(config: dict) -> pd.DataFrame:
     """Return the metrics of one detector under every threshold rule of `config["rules"]`.
 
     Returns:
-        Rows of `evaluate`, one set per rule, with the facts of `fit_and_score`; the image rows under the first rule also
-        hold the image scores themselves (`normal_scores`, `anomalous_scores`).
+        Rows of `evaluate`, one set per rule, with the facts of `fit_and_score`; the image rows under the first rule
+        also hold the image scores themselves (`normal_scores`, `anomalous_scores`).
     """
     scores, facts, test = fit_and_score(config)
     rules = [tuple(rule.split("/")) for rule in config["rules"]]
@@ -109,8 +113,8 @@ def score_lists(image: np.ndarray, index: pd.DataFrame) -> pd.DataFrame:
 def recorded(experiment: str, config: dict, compute: Callable[[dict], pd.DataFrame]) -> pd.DataFrame:
     """Return the Records of `compute(config)`, computing them where they are missing.
 
-    Under the profile "demo" Records made by other code than today's are computed anew; under the others, where that takes
-    hours, they are kept and the status page counts them.
+    Under the profile "demo" Records made by other code than today's are computed anew; under the others, where that
+    takes hours, they are kept and the status page counts them.
     """
     profile, stored = config["profile"], records.load(experiment, config["profile"])
     if profile == "demo" and len(stored):
@@ -129,7 +133,12 @@ def scenario_configs(base: dict, seeds: list[int]) -> list[dict]:
         seeds: one set of configs for each.
     """
     settings = [
-        {"method": "PatchCore", "train_labels": "unknown", "test_labels": "unknown", "rules": ["class/class", "global/class"]},
+        {
+            "method": "PatchCore",
+            "train_labels": "unknown",
+            "test_labels": "unknown",
+            "rules": ["class/class", "global/class"],
+        },
         {"method": "HierCore", "train_labels": "unknown", "test_labels": "unknown", "rules": GROUP_RULES},
         {"method": "HierCore", "train_labels": "known", "test_labels": "known", "rules": ["class/class"]},
         {"method": "HierCore", "train_labels": "known", "test_labels": "unknown", "rules": GROUP_RULES},

@@ -130,8 +130,8 @@ def score_distributions(rows: pd.DataFrame) -> Figure:
     """Draw the image scores of every category, normal against anomalous, with its own and the global threshold.
 
     Args:
-        rows: image-level Records of one detector under the rules "class" and "global"; the former hold `normal_scores` and
-            `anomalous_scores`.
+        rows: image-level Records of one detector under the rules "class" and "global"; the former hold `normal_scores`
+            and `anomalous_scores`.
     """
     own = rows[(rows["thresholds"] == "class") & (rows["category"] != "mean")].set_index("category")
     common = rows.loc[rows["thresholds"] == "global", "threshold"].iloc[0]
@@ -169,7 +169,11 @@ def known_unknown_bars(table: pd.DataFrame) -> Figure:
             for j, kind in enumerate(("known", "unknown")):
                 values = means.loc[method][kind].reindex(categories)
                 place = np.arange(len(categories)) + (2 * i + j - len(methods) + 0.5) * width
-                look = {"facecolor": METHOD_COLOURS[method]} if kind == "known" else {"facecolor": "white", "hatch": "////"}
+                look = (
+                    {"facecolor": METHOD_COLOURS[method]}
+                    if kind == "known"
+                    else {"facecolor": "white", "hatch": "////"}
+                )
                 ax.bar(place, values, width, edgecolor=METHOD_COLOURS[method], label=f"{method}, {kind}", **look)
         ax.set_ylabel(f"{level} F1 (%)")
         ax.set_ylim(0, 105)

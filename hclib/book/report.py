@@ -57,7 +57,15 @@ def setting(*, data: str, encoder: str, training: str, thresholds: str, paper: s
 
 
 def claim(
-    name: str, statement: str, holds: bool | None, evidence: str, *, profile: str, source: str, page: str, **config: object
+    name: str,
+    statement: str,
+    holds: bool | None,
+    evidence: str,
+    *,
+    profile: str,
+    source: str,
+    page: str,
+    **config: object,
 ) -> Markdown:
     """Record a tested claim of a paper and return its verdict as one sentence.
 
@@ -111,7 +119,9 @@ def claims_at_a_glance(claims: pd.DataFrame) -> Markdown:
         cells = []
         for profile, dataset in columns:
             mine = rows[(rows["profile"] == profile) & (rows["dataset"] == dataset)]
-            cells.append(", ".join(f"{r['verdict']} ({r['encoder']}, {r['image_size']} px)" for _, r in mine.iterrows()))
+            cells.append(
+                ", ".join(f"{r['verdict']} ({r['encoder']}, {r['image_size']} px)" for _, r in mine.iterrows())
+            )
         lines.append(f"| {statement} | " + " | ".join(cells) + " |")
     return Markdown("\n".join(lines))
 
@@ -169,12 +179,18 @@ def counts_beside_paper(indices: dict[str, pd.DataFrame]) -> pd.DataFrame:
     from hclib.evaluation.published import load_published
 
     names = {"mvtec": "MVTec AD", "visa": "VisA", "mpdd": "MPDD", "btad": "BTAD", "realmix": "MVTec AD"}
-    kinds = {"train normal": "train_normal_count", "test normal": "test_normal_count", "test anomalous": "test_abnormal_count"}
+    kinds = {
+        "train normal": "train_normal_count",
+        "test normal": "test_normal_count",
+        "test anomalous": "test_abnormal_count",
+    }
     paper = load_published("hiercore", "2")
     rows = []
     for name, index in indices.items():
         for category, ours in image_counts(index).iterrows():
-            theirs = paper[(paper["dataset"] == names.get(name)) & (paper["class"] == category)].set_index("metric")["value"]
+            theirs = paper[(paper["dataset"] == names.get(name)) & (paper["class"] == category)].set_index("metric")[
+                "value"
+            ]
             for kind, metric in kinds.items() if len(theirs) else ():
                 value = int(float(theirs[metric]))
                 rows.append((name, category, kind, int(ours[kind]), value, int(ours[kind]) - value))

@@ -118,7 +118,12 @@ def execute(
         values = {**profile_parameters(profile, name, declared), **(parameters or {})}
         target = (_top() / "build" / "rerun" / profile if parameters else paths.results_dir(profile)) / f"{name}.ipynb"
         stamp = scratch / f"{name}.stamp"
-        if not (force or parameters) and target.exists() and stamp.exists() and stamp.read_text() == _key(source, values):
+        if (
+            not (force or parameters)
+            and target.exists()
+            and stamp.exists()
+            and stamp.read_text() == _key(source, values)
+        ):
             print(f"   {profile}/{name}: current", flush=True)
             continue
         print(f"   {profile}/{name}: running", flush=True)
@@ -160,10 +165,16 @@ def _run(raw: Path, target: Path, values: dict) -> None:
     aside = raw.with_suffix(".executed.ipynb")
     try:
         papermill.execute_notebook(
-            str(raw), str(aside), parameters=values, kernel_name=KERNEL, progress_bar=sys.stderr.isatty(), log_output=False
+            str(raw),
+            str(aside),
+            parameters=values,
+            kernel_name=KERNEL,
+            progress_bar=sys.stderr.isatty(),
+            log_output=False,
         )
     except papermill.exceptions.PapermillExecutionError as error:
-        raise NotebookError(f"{raw.stem}: cell {error.exec_count} failed with {error.ename}: {error.evalue}; see {aside}")
+        text = f"{raw.stem}: cell {error.exec_count} failed with {error.ename}: {error.evalue}; see {aside}"
+        raise NotebookError(text) from None
     notebook = clean(nbformat.read(aside, as_version=4))
     leak = machine_path(notebook)
     if leak:
@@ -174,7 +185,7 @@ def _run(raw: Path, target: Path, values: dict) -> None:
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove run times, progress bars and other stderr from an executed notebook, so that equal runs give equal files."""
+    """Remove run times, progress bars and stderr from an executed notebook, so that equal runs give equal files."""
     notebook.metadata.pop("papermill", None)
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i:02d}"

@@ -20,8 +20,8 @@ def scenario_f1(results: pd.DataFrame) -> pd.DataFrame:
         results: Records of `label_scenario` for any number of seeds.
 
     Returns:
-        Columns `method, train_labels, seed, level, category, known, unknown, macro`; `macro` is the mean of the groups' own F1
-        (rows "mean" of HierCore only).
+        Columns `method, train_labels, seed, level, category, known, unknown, macro`; `macro` is the mean of the groups'
+        own F1 (rows "mean" of HierCore only).
     """
     keys = ["method", "train_labels", "seed", "level", "category"]
     pooled = results[results["aggregate"] == "class"]
@@ -38,7 +38,7 @@ def scenario_f1(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def f1_table(results: pd.DataFrame, *, train: str, level: str) -> pd.DataFrame:
-    """Return the paper's layout: a row per category and evaluation, a column per method; mean ± deviation over seeds."""
+    """Return the paper's layout: a row per category and evaluation, a column per method; mean ± spread over seeds."""
     table = scenario_f1(results).query("train_labels == @train and level == @level")
     table = table[table["known"].notna() | (table["category"] == "mean")]
     long = table.melt(["method", "seed", "category"], ["known", "unknown"], "evaluation", "F1")
@@ -85,7 +85,9 @@ def beside_paper(results: pd.DataFrame, dataset: str) -> pd.DataFrame:
     paper = paper_ratios()
     if dataset in PAPER_DATASETS:
         paper = paper[paper["dataset"] == PAPER_DATASETS[dataset]]
-    table = ours.merge(paper[["method", "train_labels", "level", "dataset", "paper"]], on=["method", "train_labels", "level"])
+    table = ours.merge(
+        paper[["method", "train_labels", "level", "dataset", "paper"]], on=["method", "train_labels", "level"]
+    )
     table["paper"] = table["paper"].astype(float)
     table["difference"] = table["ours"] - table["paper"]
     wide = table.rename(columns={"dataset": "paper's data set"}).set_index(
@@ -116,7 +118,12 @@ def class_beside_paper(results: pd.DataFrame, category: str, paper_class: str, t
     wide = ours.merge(paper[["method", "level", "eval_setting", "paper"]], on=["method", "level", "eval_setting"])
     wide["paper"] = wide["paper"].astype(float)
     wide["difference"] = wide["ours"] - wide["paper"]
-    return wide.rename(columns={"eval_setting": "evaluation"}).set_index(["level", "method", "evaluation"]).sort_index().round(1)
+    return (
+        wide.rename(columns={"eval_setting": "evaluation"})
+        .set_index(["level", "method", "evaluation"])
+        .sort_index()
+        .round(1)
+    )
 
 
 def label_verdicts(results: pd.DataFrame, base: dict, page: str = "10_hiercore_label_scenarios") -> list[Markdown]:
@@ -136,7 +143,9 @@ def label_verdicts(results: pd.DataFrame, base: dict, page: str = "10_hiercore_l
     def say(method: str, train: str) -> str:
         mine = ratio[method][train]
         ours = ", ".join(f"{mine[level]:.1%} at {level} level" for level in ("image", "pixel"))
-        theirs = ", ".join("{:.1f} to {:.1f} %".format(*_paper_range(method, train, level)) for level in ("image", "pixel"))
+        theirs = ", ".join(
+            "{:.1f} to {:.1f} %".format(*_paper_range(method, train, level)) for level in ("image", "pixel")
+        )
         return f"F1 unknown / known: {ours} ({where}); the paper's four data sets: {theirs}."
 
     return [

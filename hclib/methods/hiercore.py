@@ -26,8 +26,8 @@ class HierCore:
     """A memory bank per semantic group; trains and scores with or without class labels.
 
     Groups are the given classes (`fit(train, labels)`) or FINCH clusters of the image tokens, at the hierarchy level of
-    the highest silhouette. A key is the mean token of a group (Eq. 1). An image belongs to the bank of the nearest key in
-    L2 (Eq. 2), or to its class's bank where training and scoring both know the classes. Scores are L2 distances.
+    the highest silhouette. A key is the mean token of a group (Eq. 1). An image belongs to the bank of the nearest key
+    in L2 (Eq. 2), or to its class's bank where training and scoring both know the classes. Scores are L2 distances.
 
     Args:
         ratio: coreset ratio of every bank.
@@ -35,7 +35,7 @@ class HierCore:
         squared: report squared L2 instead of L2.
         sigma: Gaussian smoothing of the pixel maps in pixels (PatchCore's program; the paper names only bilinear
             upsampling); image scores do not use it.
-        image_score: "map_max", the maximum of the upsampled map (paper, 3.3), or "max" over patches (reference program).
+        image_score: "map_max", the maximum of the upsampled map (paper, 3.3), or "max" over patches (program).
         clustering: "finch", "kmeans" or "dbscan"; ignored where labels are given.
         clustering_options: further options of `hclib.kernels.clustering.semantic_clusters`, for example
             `{"n_clusters": 6}`.

@@ -143,7 +143,7 @@ class PatchCore:
         neighbors: bank neighbours averaged per patch.
         squared: report squared L2 instead of L2. Ranks of one-neighbour scores are the same, thresholds are not.
         sigma: Gaussian smoothing of the pixel maps in pixels, as in the reference program; image scores do not use it.
-        image_score: "max" over patches (reference program) or "map_max", the maximum of the upsampled map (HierCore 3.3).
+        image_score: "max" over patches (reference program) or "map_max", the maximum of the map (HierCore 3.3).
         sampler: "greedy" or "random" coreset.
         projection: width of the random projection inside the coreset, None for none.
         dim: embedding width for CNN encoders.

@@ -125,6 +125,13 @@ def test_groups_equal_to_classes_are_class_thresholds_and_one_group_is_the_globa
     )  # scales differ: this is the paper's gap
 
 
+def test_several_kinds_of_thresholds_in_one_call():
+    scores, index, masks = case(groups=np.random.default_rng(7).integers(0, 3, 72))
+    together = evaluate(scores, index, ["class", "global", "group"], size=SIZE, masks=masks)
+    each = [evaluate(scores, index, kind, size=SIZE, masks=masks) for kind in ("class", "global", "group")]
+    pd.testing.assert_frame_equal(together, pd.concat(each, ignore_index=True), check_exact=True)
+
+
 def test_both_readings_of_group_thresholds_by_hand():
     groups = np.repeat([0, 0, 1], 24)
     groups[3], groups[60] = 1, 0  # routed astray

@@ -176,9 +176,8 @@ def confusion(ranking: Ranking, threshold: float) -> tuple[int, int]:
     for scores in (ranking.positives, ranking.negatives):
         with np.errstate(over="ignore"):
             cut = np.asarray(threshold, dtype=scores.dtype)  # keeps searchsorted from widening all scores
-        if (
-            float(cut) < threshold
-        ):  # rounded down, maybe onto a score below the threshold: take the next number
+        # rounding may have taken the threshold down onto a score below it: take the next number
+        if float(cut) < threshold:
             cut = np.nextafter(cut, np.asarray(np.inf, dtype=scores.dtype))
         counts.append(int(scores.size - np.searchsorted(scores, cut, side="left")))
     return counts[0], counts[1]

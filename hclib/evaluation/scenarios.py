@@ -99,7 +99,12 @@ def evaluate(
 
 
 def evaluate_rules(
-    scores: Any, index: pd.DataFrame, rules: Sequence[tuple[str, str]], *, fpr_limit: float = 0.3, **options: Any
+    scores: Any,
+    index: pd.DataFrame,
+    rules: Sequence[tuple[str, str]],
+    *,
+    fpr_limit: float = 0.3,
+    **options: Any,
 ) -> list[pd.DataFrame]:
     """Evaluate the same scores under several rules, upsampling and sorting the pixels once.
 

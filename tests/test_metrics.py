@@ -27,9 +27,7 @@ def brute_decisions(labels, scores):
 
 def brute_aupro(masks, maps, limit):
     """Area under mean region overlap over the false-positive rate, one loop over every distinct score."""
-    regions = [
-        (i, r) for i, m in enumerate(masks) for r in range(1, label_regions(m, connectivity=2).max() + 1)
-    ]
+    regions = [(i, r) for i, m in enumerate(masks) for r in range(1, label_regions(m, connectivity=2).max() + 1)]
     numbered = [label_regions(m, connectivity=2) for m in masks]
     points = [(0.0, 0.0)]
     for t in sorted(set(maps.ravel().tolist()), reverse=True):
@@ -80,9 +78,7 @@ def test_image_metrics_golden_values():
         "f1_max": 6 / 7,
         "threshold": 2.0,
     }
-    assert (
-        image_metrics([0, 1, 0, 1], [1, 1, 1, 1])["auroc"] == 0.5
-    )  # all tied: chance, and said by the numbers
+    assert image_metrics([0, 1, 0, 1], [1, 1, 1, 1])["auroc"] == 0.5  # all tied: chance, and said by the numbers
     assert image_metrics([0, 1, 0, 1], [1, 1, 1, 1])["f1_max"] == 2 / 3
 
 
@@ -144,9 +140,7 @@ def test_pixel_metrics_equal_brute_force_over_every_threshold(levels, limit):
 def test_aupro_equals_brute_force_on_random_cases(seed, levels, limit):
     masks, maps = pixel_case(np.random.default_rng(seed), n=2, size=6, levels=levels)
     if masks.any() and not masks.all():
-        assert pixel_metrics(masks, maps, limit)["aupro"] == pytest.approx(
-            brute_aupro(masks, maps, limit), abs=1e-12
-        )
+        assert pixel_metrics(masks, maps, limit)["aupro"] == pytest.approx(brute_aupro(masks, maps, limit), abs=1e-12)
 
 
 def test_aupro_golden_values():
@@ -184,13 +178,9 @@ def test_blocks_and_chunks_change_no_count(monkeypatch):
     whole = pixel_metrics(masks, maps)
     monkeypatch.setattr(metrics, "_BLOCK", 7)
     blocked = pixel_metrics(masks, maps)
-    chunked = metrics.summarise(
-        metrics.rank_pixels((masks[i : i + 2], maps[i : i + 2]) for i in range(0, 5, 2))
-    )
+    chunked = metrics.summarise(metrics.rank_pixels((masks[i : i + 2], maps[i : i + 2]) for i in range(0, 5, 2)))
     pooled = metrics.summarise(
-        metrics.pool(
-            [metrics.rank_pixels([(masks[:3], maps[:3])]), metrics.rank_pixels([(masks[3:], maps[3:])])]
-        )
+        metrics.pool([metrics.rank_pixels([(masks[:3], maps[:3])]), metrics.rank_pixels([(masks[3:], maps[3:])])])
     )
     for other in (blocked, chunked, pooled):
         assert other == pytest.approx(whole, abs=1e-12)

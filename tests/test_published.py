@@ -48,9 +48,7 @@ def test_every_table_is_there_and_reads():
 def test_the_committed_folder_stays_small_and_holds_no_machine_path():
     sizes = {path.name: path.stat().st_size for path in published_dir().iterdir()}
     assert sum(sizes.values()) < 2_000_000
-    assert not any(
-        re.search(r"(^|[\s,\"])/(work|root|home|tmp)/", p.read_text()) for p in published_dir().iterdir()
-    )
+    assert not any(re.search(r"(^|[\s,\"])/(work|root|home|tmp)/", p.read_text()) for p in published_dir().iterdir())
 
 
 def test_the_copies_equal_their_source():
@@ -85,9 +83,7 @@ def test_means_of_table_4_are_those_of_the_classes_in_the_appendix():
 
 def test_compare_puts_ours_beside_the_paper():
     paper = load_published("hiercore", "B.11").query("method == 'HierCore' and eval_setting == 'unknown'")
-    ours = pd.DataFrame(
-        {"category": ["cable", "bottle", "own"], "level": "image", "f1": [0.5, 0.992, 1.0], "x": 1}
-    )
+    ours = pd.DataFrame({"category": ["cable", "bottle", "own"], "level": "image", "f1": [0.5, 0.992, 1.0], "x": 1})
     frame = compare(ours, paper, ["category", "level"], "f1")
     assert list(frame.columns) == ["category", "level", "ours", "paper", "difference"]
     assert frame.category.tolist() == ["cable", "bottle", "own"]
@@ -108,9 +104,7 @@ def test_fractions_and_counts_keep_their_unit():
     assert compare(ours, mad, ["dataset"], "mad").paper.tolist() == [0.992, 0.956]
     counts = load_published("hiercore", 2).query("dataset == 'MVTec AD'")
     ours = pd.DataFrame({"category": ["screw"], "train": [320]})
-    assert compare(ours, counts, ["category"], "train_normal_count", column="train").difference.tolist() == [
-        0
-    ]
+    assert compare(ours, counts, ["category"], "train_normal_count", column="train").difference.tolist() == [0]
 
 
 def test_compare_refuses_what_is_not_one_to_one():

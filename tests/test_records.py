@@ -117,9 +117,7 @@ def test_hash_knows_values_not_spelling():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.dictionaries(
-        st.text(max_size=5), st.none() | st.booleans() | st.integers() | st.text(max_size=5), max_size=5
-    )
+    st.dictionaries(st.text(max_size=5), st.none() | st.booleans() | st.integers() | st.text(max_size=5), max_size=5)
 )
 def test_hash_survives_json_and_key_order(config):
     turned = dict(reversed(list(config.items())))

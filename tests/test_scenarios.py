@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from hclib.evaluation.metrics import MetricError, image_metrics, pixel_metrics
-from hclib.evaluation.scenarios import diff_ratio, evaluate, scenario_table
+from hclib.evaluation.scenarios import diff_ratio, evaluate, evaluate_rules, scenario_table
 from hclib.evaluation.thresholds import best_f1_threshold
 
 SIZE = 8
@@ -120,16 +120,18 @@ def test_groups_equal_to_classes_are_class_thresholds_and_one_group_is_the_globa
     one = replace(scores, group=np.full(len(index), -1))
     everything = evaluate(one, index, "global", **options)
     pd.testing.assert_frame_equal(evaluate(one, index, "group", **options)[numbers], everything[numbers])
-    assert (
-        row(by_class, "mean").f1 > row(everything, "mean").f1 + 0.05
-    )  # scales differ: this is the paper's gap
+    assert row(by_class, "mean").f1 > row(everything, "mean").f1 + 0.05  # scales differ: this is the paper's gap
 
 
-def test_several_kinds_of_thresholds_in_one_call():
+def test_several_rules_at_once_are_each_alone():
     scores, index, masks = case(groups=np.random.default_rng(7).integers(0, 3, 72))
-    together = evaluate(scores, index, ["class", "global", "group"], size=SIZE, masks=masks)
-    each = [evaluate(scores, index, kind, size=SIZE, masks=masks) for kind in ("class", "global", "group")]
-    pd.testing.assert_frame_equal(together, pd.concat(each, ignore_index=True), check_exact=True)
+    rules = [("class", "class"), ("global", "class"), ("group", "class"), ("group", "cluster")]
+    together = evaluate_rules(scores, index, rules, size=SIZE, masks=masks)
+    for (thresholds, aggregate), frame in zip(rules, together, strict=True):
+        alone = evaluate(scores, index, thresholds, aggregate=aggregate, size=SIZE, masks=masks)
+        pd.testing.assert_frame_equal(frame, alone, check_exact=True)
+    with pytest.raises(MetricError, match="aggregate='cluster'"):
+        evaluate_rules(scores, index, [("class", "class"), ("global", "cluster")])
 
 
 def test_both_readings_of_group_thresholds_by_hand():
@@ -212,9 +214,7 @@ def test_masks_are_read_from_the_index_and_missing_ones_left_out(tmp_path):
     assert row(frame, "c0").n_anomalous == 12
     index["mask_path"] = ""
     none = row(evaluate(scores, index, size=SIZE), "c0", "pixel")
-    assert np.isnan(none.aupro) and none.reason.startswith(
-        "12 anomalous images without a mask left out; no anomalous"
-    )
+    assert np.isnan(none.aupro) and none.reason.startswith("12 anomalous images without a mask left out; no anomalous")
 
 
 def test_diff_ratio_is_that_of_the_means():

@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_BLOCK = (
-    1 << 19
-)  # distinct thresholds worked on at a time; bounds memory, changes no result but float rounding
+_BLOCK = 1 << 19  # distinct thresholds worked on at a time; bounds memory, changes no result but float rounding
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 _MAD_KEYS = {
     "I": {"image": ("auroc", "ap", "f1_max")},
@@ -159,9 +157,7 @@ def pool(rankings: Iterable[Ranking]) -> Ranking:
         return parts[0]
     offsets = np.cumsum([0] + [len(part.areas) for part in parts])
     regions = [part.regions + np.int32(start) for part, start in zip(parts, offsets, strict=False)]
-    return _join(
-        [p.positives for p in parts], [p.negatives for p in parts], regions, [p.areas for p in parts]
-    )
+    return _join([p.positives for p in parts], [p.negatives for p in parts], regions, [p.areas for p in parts])
 
 
 def confusion(ranking: Ranking, threshold: float) -> tuple[int, int]:
@@ -191,9 +187,7 @@ def summarise(ranking: Ranking, fpr_limit: float = 0.3) -> dict[str, Any]:
     (0, 1].
     """
     if not 0 < fpr_limit <= 1:
-        raise MetricError(
-            f"fpr_limit is {fpr_limit}: it is the upper end of the false-positive rate, in (0, 1]"
-        )
+        raise MetricError(f"fpr_limit is {fpr_limit}: it is the upper end of the false-positive rate, in (0, 1]")
     p, n = ranking.positives.size, ranking.negatives.size
     if not p or not n:
         keys = ("auroc", "ap", "f1_max", "iou_max", "aupro", "threshold")
@@ -235,9 +229,7 @@ class _OverlapArea:
         after = self.overlap + np.cumsum(gain)
         before = np.concatenate([[self.overlap], after[:-1]])
         last = np.concatenate([[self.fp], fp[:-1]])
-        self.area += self._trapezoids(
-            last, above, before, before
-        )  # only normal pixels cross: the overlap rests
+        self.area += self._trapezoids(last, above, before, before)  # only normal pixels cross: the overlap rests
         self.area += self._trapezoids(above, fp, before, after)  # normal and anomalous pixels of one score
         self.overlap, self.fp = float(after[-1]), int(fp[-1])
 
@@ -249,9 +241,7 @@ class _OverlapArea:
 
     def _trapezoids(self, x0: np.ndarray, x1: np.ndarray, y0: np.ndarray, y1: np.ndarray) -> float:
         width = (x1 - x0).astype(np.float64)
-        part = np.clip(
-            (self.limit - x0) / np.maximum(width, 1), 0, 1
-        )  # share of each piece left of the limit
+        part = np.clip((self.limit - x0) / np.maximum(width, 1), 0, 1)  # share of each piece left of the limit
         return float(np.sum(width * part * (y0 + part * (y1 - y0) / 2)))
 
 
@@ -264,9 +254,7 @@ def _sweep(ranking: Ranking) -> Iterator[tuple[np.ndarray, ...]]:
     """
     scores, normals = ranking.positives, ranking.negatives
     new = np.concatenate([[True], scores[1:] != scores[:-1]])
-    starts = np.append(
-        np.flatnonzero(new), scores.size
-    )  # first position of each distinct score, then the end
+    starts = np.append(np.flatnonzero(new), scores.size)  # first position of each distinct score, then the end
     weight = 1.0 / ranking.areas
     for stop in range(starts.size - 1, 0, -_BLOCK):
         bounds = starts[max(stop - _BLOCK, 0) : stop + 1]

@@ -65,14 +65,10 @@ def git_commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=top, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=top, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--", "hclib") else ""
-        )
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "hclib") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -133,11 +129,7 @@ def _closure(modules: Sequence[str]) -> dict[str, Path]:
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names if alias.name.split(".")[0] == "hclib"]
-            elif (
-                isinstance(node, ast.ImportFrom)
-                and not node.level
-                and (node.module or "").split(".")[0] == "hclib"
-            ):
+            elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "hclib":
                 inner = [f"{node.module}.{alias.name}" for alias in node.names]
                 waiting += [full if _module_file(full) else node.module for full in inner]
     return files
@@ -156,11 +148,7 @@ def _code(path: Path, changed: int) -> str:
 
 def _tree(node: Any) -> str:
     if isinstance(node, list):  # a statement that is only a string is a docstring
-        kept = [
-            n
-            for n in node
-            if not (isinstance(n, ast.Expr) and isinstance(getattr(n.value, "value", None), str))
-        ]
+        kept = [n for n in node if not (isinstance(n, ast.Expr) and isinstance(getattr(n.value, "value", None), str))]
         return f"[{','.join(map(_tree, kept))}]"
     if not isinstance(node, ast.AST):
         return repr(node)

@@ -37,9 +37,7 @@ def load_published(paper: str, table: str | int) -> pd.DataFrame:
     if not path.is_file():
         known = sorted(p.stem for p in published_dir().glob(f"{str(paper).lower()}_*.csv"))
         known = known or sorted({p.stem.rsplit("_table", 1)[0] for p in published_dir().glob("*_table*.csv")})
-        raise PublishedError(
-            f"no published table {table!r} of {paper!r} ({path.name}): there are {', '.join(known)}"
-        )
+        raise PublishedError(f"no published table {table!r} of {paper!r} ({path.name}): there are {', '.join(known)}")
     return _read(path)
 
 
@@ -72,11 +70,7 @@ def compare(
             that tell them apart), or not a single row in common.
     """
     column = column or metric
-    names = (
-        dict(on)
-        if isinstance(on, Mapping)
-        else {name: "class" if name == "category" else name for name in on}
-    )
+    names = dict(on) if isinstance(on, Mapping) else {name: "class" if name == "category" else name for name in on}
     for frame, needed, whose in (
         (ours, [*names, column], "ours"),
         (published, list(names.values()), "published"),
@@ -85,9 +79,7 @@ def compare(
             raise PublishedError(f"the frame {whose} lacks the columns {', '.join(lacking)}")
     paper = published[published["metric"] == metric]
     if paper.empty:
-        raise PublishedError(
-            f"metric {metric!r} is not published here; there are {sorted(set(published['metric']))}"
-        )
+        raise PublishedError(f"metric {metric!r} is not published here; there are {sorted(set(published['metric']))}")
     keys = list(names.values())
     if (twice := paper.duplicated(keys, keep=False)).any():
         apart = [
@@ -96,9 +88,7 @@ def compare(
             if c not in (*keys, "value", "printed", "note") and paper.loc[twice, c].nunique() > 1
         ]
         first = paper.loc[twice, keys].iloc[0].to_dict()
-        raise PublishedError(
-            f"several published values for {first}: narrow {', '.join(apart) or 'the table'} first"
-        )
+        raise PublishedError(f"several published values for {first}: narrow {', '.join(apart) or 'the table'} first")
     paper = paper.assign(paper=paper["value"] * paper["unit"].map(_SCALE).fillna(1.0))
     paper = paper[[*keys, "paper"]].rename(columns={theirs: mine for mine, theirs in names.items()})
     both = ours[[*names, column]].rename(columns={column: "ours"}).merge(paper, on=list(names), how="left")
@@ -125,9 +115,7 @@ def footnotes(paper: str, table: str | int, dataset: str | None = None) -> list[
 def _file(paper: str, table: str | int) -> str:
     paper, table = str(paper).lower(), str(table).lower().replace(".", "")
     return (
-        f"{paper}_{table}.csv"
-        if paper.endswith("_readme")
-        else f"{paper}_table{'_' * table[:1].isalpha()}{table}.csv"
+        f"{paper}_{table}.csv" if paper.endswith("_readme") else f"{paper}_table{'_' * table[:1].isalpha()}{table}.csv"
     )
 
 

@@ -92,9 +92,7 @@ def cached(
             rows = _measure(compute, config, modules)
             with FileLock(_lock(store)):
                 others = [row for row in _read(store) if row["config_hash"] != key]
-                _write(
-                    store, sorted(others + rows, key=lambda row: row["config_hash"])
-                )  # stable: rows keep order
+                _write(store, sorted(others + rows, key=lambda row: row["config_hash"]))  # stable: rows keep order
     return _frame(json.loads(_line(row)) for row in rows)
 
 
@@ -113,9 +111,7 @@ def _source_hash_now(sources: str) -> str:
         return "gone"
 
 
-def _measure(
-    compute: Callable[[], Any], config: Mapping[str, Any], modules: Sequence[str]
-) -> list[dict[str, Any]]:
+def _measure(compute: Callable[[], Any], config: Mapping[str, Any], modules: Sequence[str]) -> list[dict[str, Any]]:
     source = source_hash(modules=modules)  # before the work: a misspelt module should not cost it
     with peak_memory() as peak:
         start = time.perf_counter()
@@ -140,25 +136,15 @@ def _measure(
     return [_record(row, parameters, measured, i) for i, row in enumerate(rows)]
 
 
-def _record(
-    row: dict[str, Any], parameters: dict[str, Any], measured: dict[str, Any], number: int
-) -> dict[str, Any]:
+def _record(row: dict[str, Any], parameters: dict[str, Any], measured: dict[str, Any], number: int) -> dict[str, Any]:
     row = {str(key): _cell(value, f"row {number}, {key}") for key, value in row.items()}
     if taken := sorted((row.keys() | parameters.keys()) & measured.keys()):
-        raise RecordError(
-            f"row {number} or its config has {', '.join(taken)}: these are measured here, rename them"
-        )
-    kept = {
-        key if row.get(key, value) == value else f"config.{key}": value for key, value in parameters.items()
-    }
+        raise RecordError(f"row {number} or its config has {', '.join(taken)}: these are measured here, rename them")
+    kept = {key if row.get(key, value) == value else f"config.{key}": value for key, value in parameters.items()}
     record = {"seed": None} | kept | row | measured
     for key, value in record.items():
-        if any(
-            isinstance(v, str) and _PATH.match(v) for v in (value if isinstance(value, list) else [value])
-        ):
-            raise RecordError(
-                f"row {number}, {key} is {value!r}, a path on this machine: store a name instead"
-            )
+        if any(isinstance(v, str) and _PATH.match(v) for v in (value if isinstance(value, list) else [value])):
+            raise RecordError(f"row {number}, {key} is {value!r}, a path on this machine: store a name instead")
     return record
 
 
@@ -174,9 +160,7 @@ def _plain(value: Any, where: str) -> Any:
         if wrong := [key for key in value if not isinstance(key, str)]:
             raise RecordError(f"{where} has the key {wrong[0]!r}: keys must be strings")
         return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-    raise RecordError(
-        f"{where} is {value!r} ({type(value).__name__}): a config holds plain JSON and finite numbers"
-    )
+    raise RecordError(f"{where} is {value!r} ({type(value).__name__}): a config holds plain JSON and finite numbers")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

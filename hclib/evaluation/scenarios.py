@@ -51,7 +51,7 @@ class Cell(NamedTuple):
 def evaluate(
     scores: Any,
     index: pd.DataFrame,
-    thresholds: str | Sequence[str] = "class",
+    thresholds: str = "class",
     *,
     size: int = 256,
     pixel: bool = True,
@@ -65,8 +65,7 @@ def evaluate(
         scores: `Scores` of the N images of `index`, in its order: `image` (N,) float, `group` (N,) int, and
             for pixels `patch` (N, h, w), `subset(rows)` and `upsample(size)` -> (n, size, size) float.
         index: index frame of the N scored images (`path, mask_path, category, label`).
-        thresholds: "class", "global" or "group" (see the module); all are oracles. Several of them give the
-            rows of each in turn, for one reading of the masks and maps.
+        thresholds: "class", "global" or "group" (see the module); all are oracles.
         size: side of the square on which pixels are compared.
         pixel: whether to add the pixel level.
         masks: (N, size, size) bool; None reads them from `index`. Then anomalous images without a mask are
@@ -90,12 +89,8 @@ def evaluate(
 
     Source: HierCore sections 4.2 and 4.4, Tables 4, 5 and B.11 to B.14.
     """
-    choices = [thresholds] if isinstance(thresholds, str) else list(thresholds)
-    for choice in choices:
-        _check_choice(choice, aggregate)
-    levels = _levels(scores, index, size=size, pixel=pixel, masks=masks)
-    frames = [_frame(levels, choice, aggregate, fpr_limit) for choice in choices]
-    return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
+    _check_choice(thresholds, aggregate)
+    return _frame(_levels(scores, index, size=size, pixel=pixel, masks=masks), thresholds, aggregate, fpr_limit)
 
 
 def evaluate_rules(
@@ -143,9 +138,7 @@ def diff_ratio(known: pd.DataFrame, unknown: pd.DataFrame) -> pd.DataFrame:
     for name, frame in (("known", known), ("unknown", unknown)):
         if (twice := frame.duplicated(keys)).any():
             row = frame.loc[twice, keys].iloc[0].tolist()
-            raise MetricError(
-                f"the {name} frame has several rows for {row}: compare one evaluation at a time"
-            )
+            raise MetricError(f"the {name} frame has several rows for {row}: compare one evaluation at a time")
     pair = known[[*keys, "f1"]].merge(unknown[[*keys, "f1"]], on=keys, suffixes=("_known", "_unknown"))
     if not len(pair):
         raise MetricError("the two frames share no category and level: evaluate the same index for both")
@@ -237,9 +230,7 @@ def _pixel_level(scores: Any, index: pd.DataFrame, size: int, masks: np.ndarray 
     elif np.shape(masks) != (len(index), size, size):
         raise MetricError(f"masks has shape {np.shape(masks)}: {(len(index), size, size)} is needed")
     missing = index.loc[~keep, "category"].astype(str).value_counts()
-    notes = {
-        category: f"{count} anomalous images without a mask left out" for category, count in missing.items()
-    }
+    notes = {category: f"{count} anomalous images without a mask left out" for category, count in missing.items()}
     cells = [
         Cell(*key, rank_pixels(_chunks(scores, index, rows[keep[rows]], size, masks)))
         for key, rows in _rows(scores, index)
@@ -260,9 +251,7 @@ def _chunks(
 
 def _rows(scores: Any, index: pd.DataFrame) -> list[tuple[tuple[str, int], np.ndarray]]:
     """Split rows by category and routed group: ((category, group), row numbers), sorted."""
-    frame = pd.DataFrame(
-        {"category": index["category"].astype(str).to_numpy(), "group": np.asarray(scores.group)}
-    )
+    frame = pd.DataFrame({"category": index["category"].astype(str).to_numpy(), "group": np.asarray(scores.group)})
     found = frame.groupby(["category", "group"], sort=True).indices
     return [((str(category), int(group)), np.sort(rows)) for (category, group), rows in found.items()]
 
@@ -280,9 +269,7 @@ def _level_rows(level: _Level, thresholds: str, aggregate: str, fpr_limit: float
     rows = []
     for name, members in _members(cells, aggregate).items():
         found = level.measured(members, fpr_limit)
-        hits, alarms = np.sum(
-            [confusion(cells[i].ranking, cut[i][1]["cut"]) for i in members], axis=0
-        ).tolist()
+        hits, alarms = np.sum([confusion(cells[i].ranking, cut[i][1]["cut"]) for i in members], axis=0).tolist()
         cuts = {cut[i][1]["cut"] for i in members}
         reasons = {found["reason"]} | {level.notes.get(cells[i].category, "") for i in members}
         if thresholds == "group" and aggregate == "class":
@@ -342,9 +329,7 @@ def _check_choice(thresholds: str, aggregate: str) -> None:
     if thresholds not in THRESHOLDS:
         raise MetricError(f"unknown thresholds {thresholds!r}: use one of {', '.join(THRESHOLDS)}")
     if aggregate not in ("class", "cluster") or (aggregate == "cluster" and thresholds != "group"):
-        raise MetricError(
-            f"aggregate={aggregate!r}, thresholds={thresholds!r}: use 'class', or 'cluster' with 'group'"
-        )
+        raise MetricError(f"aggregate={aggregate!r}, thresholds={thresholds!r}: use 'class', or 'cluster' with 'group'")
 
 
 def _check_scores(scores: Any, index: pd.DataFrame, pixel: bool) -> None:
@@ -356,13 +341,9 @@ def _check_scores(scores: Any, index: pd.DataFrame, pixel: bool) -> None:
     for name in ("image", "group", *(["patch"] if pixel else [])):
         values = np.asarray(getattr(scores, name))
         if len(values) != len(index):
-            raise MetricError(
-                f"scores.{name} has {len(values)} rows, the index {len(index)}: score exactly its images"
-            )
+            raise MetricError(f"scores.{name} has {len(values)} rows, the index {len(index)}: score exactly its images")
         bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if bad.any():
             row = int(np.argmax(bad))
             file = index["path"].iloc[row] if "path" in index else f"row {row}"
-            raise MetricError(
-                f"scores.{name} of {file} (row {row}) is NaN or infinite, and {int(bad.sum()) - 1} more"
-            )
+            raise MetricError(f"scores.{name} of {file} (row {row}) is NaN or infinite, and {int(bad.sum()) - 1} more")

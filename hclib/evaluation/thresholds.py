@@ -95,9 +95,7 @@ def normal_threshold(scores: Any, *, quantile: float | None = None, k: float | N
     """
     scores = rank(np.zeros(np.shape(scores), dtype=bool), scores).negatives
     if not scores.size:
-        raise MetricError(
-            "no normal scores to choose a threshold from: give those of at least one normal image"
-        )
+        raise MetricError("no normal scores to choose a threshold from: give those of at least one normal image")
     if quantile is not None:
         if k is not None:
             raise MetricError(f"quantile={quantile} and k={k}: give one of them")
@@ -129,9 +127,7 @@ def normal_thresholds(scores: Any, groups: Any, *, fewest: int = 8, **options: A
     """
     scores, groups = np.asarray(scores), np.asarray(groups)
     if scores.shape != groups.shape:
-        raise MetricError(
-            f"scores has shape {scores.shape} but groups {groups.shape}: one group for each score"
-        )
+        raise MetricError(f"scores has shape {scores.shape} but groups {groups.shape}: one group for each score")
     together = normal_threshold(scores, **options)
     found = {}
     for group in np.unique(groups).tolist():

@@ -235,6 +235,6 @@ def _report(table: pd.DataFrame, thumbnails: dict[int, str], conditions: dict[st
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>hclib detect</title><style>{_STYLE}</style>'
         f"<h1>Anomaly report</h1><table>{rows}</table><h2>Decisions per folder</h2>{_by_folder(table)}"
         f"<h2>Images, highest score over threshold first</h2><p>Showing {shown}. Left the image, right its heat map; "
-        f"the colour scale runs from 0 to twice the threshold. All maps are under <code>heatmaps/</code>, all numbers in "
-        f"<code>scores.csv</code>.</p>{''.join(cards)}</html>"
+        f"the colour scale runs from 0 to twice the threshold. All maps are under <code>heatmaps/</code>, all numbers "
+        f"in <code>scores.csv</code>.</p>{''.join(cards)}</html>"
     )

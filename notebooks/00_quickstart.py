@@ -16,7 +16,7 @@
 # %% tags=["parameters"]
 profile: str = "demo"  # which set of Records this run belongs to
 dataset: str = "demo"  # name, folder in MVTec layout, or index .csv
-category: str = "washer"  # the product that gets a memory bank
+category: str = "gear"  # the product that gets a memory bank
 encoder: str = "dinov2_vits14"  # frozen backbone
 image_size: int = 224  # side in pixels that images are resized to
 seeds: list = [0]  # the first one seeds the coreset

@@ -85,6 +85,15 @@ def test_hiercore_finds_the_products_and_scores_within_them():
         np.testing.assert_allclose(scores.patch[rows], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_normalised_tokens_are_routed_normalised(tmp_path):
+    train, test = make_features(), make_features(seed=1)
+    detector = HierCore(clustering_options={"normalise": True}).fit(train)
+    assert np.allclose(np.linalg.norm(detector.keys, axis=1), 1, atol=0.05)
+    np.testing.assert_array_equal(detector.route(test.tokens), detector.route(test.tokens * 7))
+    detector.save(tmp_path / "d")
+    np.testing.assert_array_equal(HierCore.load(tmp_path / "d").route(test.tokens * 7), detector.route(test.tokens))
+
+
 def test_known_classes_pick_the_bank_and_unknown_ones_are_routed():
     train, test = make_features(), make_features(seed=1)
     detector = HierCore(ratio=1.0, patch_size=1).fit(train, list(train.index["category"]))

@@ -50,7 +50,8 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
 
     Args:
         config: `dataset, encoder, image_size, method, seed`; `train_labels` "known" or "unknown"; `test_labels`
-            likewise (which bank an image goes to, not how thresholds are chosen); everything under `options` goes to the method.
+            likewise (which bank an image goes to, not how thresholds are chosen); everything under `options` goes to
+            the method.
 
     Returns:
         The scores, what fitting gave and took (`banks, bank_entries, fit_seconds, score_seconds`; encoding is not in

@@ -85,6 +85,7 @@ class HierCore:
         self.banks: list[MemoryBank] = []
         self.keys: torch.Tensor | None = None
         self.names: list[str] | None = None
+        self.normalised = bool(self.clustering_options.get("normalise", False))
         self.clusters = None
 
     def fit(self, train: Features, labels: Sequence[str] | None = None) -> Self:
@@ -113,7 +114,7 @@ class HierCore:
         else:
             if len(labels) != len(train):
                 raise ValueError(f"{len(labels)} labels for {len(train)} training images: one class name each")
-            self.clusters = clusters_from_labels(tokens, labels)
+            self.clusters = clusters_from_labels(tokens, labels, normalise=self.normalised)
             self.keys, self.names = torch.as_tensor(self.clusters.keys, dtype=torch.float32), list(self.clusters.names)
             group = np.asarray(self.clusters.labels)
         self.banks = [self._build(train.subset(np.flatnonzero(group == k)), k) for k in range(len(self.keys))]
@@ -128,6 +129,8 @@ class HierCore:
         if self.keys is None:
             raise RuntimeError("HierCore has no keys yet: call fit(train) or HierCore.load(folder) first")
         tokens = torch.as_tensor(np.asarray(tokens), dtype=torch.float32)
+        if self.normalised:
+            tokens = torch.nn.functional.normalize(tokens, dim=1)
         return nearest(tokens, self.keys)[1][:, 0].cpu().numpy()
 
     def score(self, test: Features, labels: Sequence[str] | None = None) -> Scores:

@@ -16,6 +16,7 @@ import pandas as pd
 from hclib.data.datasets import load_index
 from hclib.evaluation import records
 from hclib.evaluation.scenarios import evaluate_rules
+from hclib.images import read_masks
 from hclib.kernels.encoders import load_encoder
 from hclib.kernels.features import Features
 from hclib.kernels.maps import Scores
@@ -99,6 +100,31 @@ def label_scenario(config: dict) -> pd.DataFrame:
     frames = evaluate_rules(scores, test.index, rules, size=config["size"])
     frames[0] = frames[0].merge(score_lists(scores.image, test.index), on=["category", "level"], how="left")
     return pd.concat(frames, ignore_index=True).assign(**facts)
+
+
+def pixel_histograms(config: dict) -> pd.DataFrame:
+    """Return the distribution of pixel scores per category, normal and anomalous, on common bins.
+
+    Args:
+        config: as for `fit_and_score`, with `size` and `bins`.
+
+    Returns:
+        One row per category: `edges` (bins + 1), `normal` and `anomalous` (bins) as lists of counts; the last bin holds
+        everything above the 99.9 % quantile of the patch scores.
+    """
+    scores, _, test = fit_and_score(config)
+    edges = np.linspace(0, np.quantile(scores.patch, 0.999), config["bins"] + 1)
+    rows = []
+    for category, members in test.index.groupby("category").indices.items():
+        counts = np.zeros((2, config["bins"]), np.int64)
+        for start in range(0, len(members), 64):
+            part = members[start : start + 64]
+            values = np.clip(scores.subset(part).upsample(config["size"]), 0, edges[-1])
+            masks = read_masks(test.index.iloc[part], config["size"])
+            counts += [np.histogram(values[masks == flag], edges)[0] for flag in (False, True)]
+        rows.append({"category": category, "edges": edges.tolist()})
+        rows[-1] |= {"normal": counts[0].tolist(), "anomalous": counts[1].tolist()}
+    return pd.DataFrame(rows)
 
 
 def score_lists(image: np.ndarray, index: pd.DataFrame) -> pd.DataFrame:

@@ -153,6 +153,28 @@ def score_distributions(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def pixel_distributions(rows: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+    """Draw the pixel scores of every category, normal against anomalous, each as a share of its own total.
+
+    Args:
+        rows: Records of `pixel_histograms`.
+        thresholds: `own` and `global`, indexed by category.
+    """
+    figure, axes = plt.subplots(len(rows), 1, figsize=(7.0, 0.75 * len(rows) + 0.7), sharex=True, squeeze=False)
+    for ax, row in zip(axes[:, 0], rows.itertuples(), strict=True):
+        for counts, colour, text in ((row.normal, NORMAL, "normal"), (row.anomalous, ANOMALOUS, "anomalous")):
+            ax.stairs(
+                np.asarray(counts) / max(1, sum(counts)), row.edges, color=colour, alpha=0.6, fill=True, label=text
+            )
+        ax.axvline(thresholds.loc[row.category, "own"], color="black", linewidth=1.4)
+        ax.axvline(thresholds.loc[row.category, "global"], color="black", linewidth=1.2, linestyle="--")
+        ax.set_ylabel(row.category.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=8)
+        ax.set_yticks([])
+    axes[0, 0].legend(ncols=2, loc="upper right", fontsize=7)
+    axes[-1, 0].set_xlabel("pixel score (L2); solid: the category's own optimal threshold, dashed: one for all")
+    return figure
+
+
 def known_unknown_bars(table: pd.DataFrame) -> Figure:
     """Draw F1 per category with and without class labels at evaluation, image level above pixel level.
 
@@ -212,4 +234,35 @@ def side_by_side(left: np.ndarray, right: np.ndarray, left_title: str, right_tit
     for ax, title in zip(axes, (left_title, right_title), strict=True):
         ax.set_title(title)
     _image_axes(axes)
+    return figure
+
+
+def token_projections(tokens: np.ndarray, classes: Sequence[str], keys: np.ndarray, *, seed: int) -> Figure:
+    """Draw t-SNE and UMAP of image tokens, coloured by class, with the keys of the clusters as crosses.
+
+    Args:
+        tokens: `(N, D)` float.
+        classes: N names; the colour of a point, unseen by the clustering.
+        keys: `(K, D)` float, projected together with the tokens.
+        seed: seeds both projections.
+    """
+    from sklearn.manifold import TSNE
+    from umap import UMAP
+
+    points = np.concatenate([tokens, keys])
+    planes = {
+        "t-SNE": TSNE(random_state=seed, perplexity=min(30, (len(points) - 1) / 3), init="pca").fit_transform(points),
+        "UMAP": UMAP(random_state=seed, n_jobs=1).fit_transform(points),
+    }
+    names, classes = sorted(set(classes)), np.asarray(classes)
+    colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    figure, axes = plt.subplots(1, 2, figsize=(7.0, 3.9))
+    for ax, (title, plane) in zip(axes, planes.items(), strict=True):
+        for name, colour in zip(names, colours, strict=False):
+            mine = np.flatnonzero(classes == name)
+            ax.scatter(*plane[mine].T, s=5, color=colour, label=name.replace("_", " "), linewidths=0)
+        ax.scatter(*plane[len(tokens) :].T, s=60, marker="X", color="black", edgecolors="white", label="centroid (key)")
+        ax.set_title(f"{title}, {len(tokens)} images, {len(keys)} groups found")
+    _image_axes(axes)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7.5)
     return figure

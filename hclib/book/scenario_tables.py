@@ -96,6 +96,30 @@ def beside_paper(results: pd.DataFrame, dataset: str) -> pd.DataFrame:
     return wide.sort_index().round(1)
 
 
+def threshold_shift(results: pd.DataFrame) -> pd.DataFrame:
+    """Return, per category and level, the own and the global best threshold of one bank and what the latter costs.
+
+    Args:
+        results: Records of `label_scenario`; only PatchCore's are used, means over seeds.
+
+    Returns:
+        `own`, `global`, `global / own`, `F1 own`, `F1 global` (percent) and `lost points`.
+    """
+    rows = results[(results["method"] == "PatchCore") & (results["category"] != "mean")]
+    means = rows.groupby(["level", "category", "thresholds"])[["threshold", "f1"]].mean().unstack("thresholds")
+    own, common = means.xs("class", axis=1, level=1), means.xs("global", axis=1, level=1)
+    return pd.DataFrame(
+        {
+            "own": own["threshold"],
+            "global": common["threshold"],
+            "global / own": common["threshold"] / own["threshold"],
+            "F1 own": own["f1"] * 100,
+            "F1 global": common["f1"] * 100,
+            "lost points": (own["f1"] - common["f1"]) * 100,
+        }
+    )
+
+
 def paper_ratios() -> pd.DataFrame:
     """Return the Diff. Ratios (percent) of Tables 4 and 5: `dataset, method, train_labels, level, paper`."""
     paper = pd.concat([load_published("hiercore", "4"), load_published("hiercore", "5")])
@@ -174,3 +198,24 @@ def label_verdicts(results: pd.DataFrame, base: dict, page: str = "10_hiercore_l
             **keys,
         ),
     ]
+
+
+def shift_verdict(shift: pd.DataFrame, base: dict, page: str = "12_hiercore_threshold_shift") -> Markdown:
+    """Test Figure 2's claim, that optimal thresholds differ between classes, as a factor; record it."""
+    own = shift["own"].unstack("level")
+    factor = own.max() / own.min()
+    lost = shift["lost points"].unstack("level")
+    evidence = "; ".join(
+        f"{level} level: thresholds differ by a factor {factor[level]:.2f}, the global one costs "
+        f"{lost[level].mean():.1f} points of F1 on average and {lost[level].max():.1f} at worst ({lost[level].idxmax()})"
+        for level in ("image", "pixel")
+    )
+    return report.claim(
+        "thresholds-differ",
+        "The best thresholds of one memory bank differ between classes by more than a factor 1.5 at both levels.",
+        bool((factor > 1.5).all()),
+        f"{evidence} ({base['dataset']}, {base['encoder']} at {base['image_size']} px).",
+        source="HierCore, Figure 2",
+        page=page,
+        **{k: base[k] for k in ("profile", "dataset", "encoder", "image_size")},
+    )

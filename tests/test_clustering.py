@@ -230,3 +230,18 @@ def test_real_clip_tokens(name, partition, levels, picked, ari):
     found = semantic_clusters(tokens, partition=partition)
     assert found.levels == levels and len(found) == picked
     assert adjusted_rand_score(category, found.labels) == pytest.approx(ari, abs=2e-3)
+
+
+def test_a_tolerance_takes_a_finer_level_that_is_nearly_as_good():
+    """Four tight classes in two far families: the silhouette prefers the families, the tolerant rule the classes."""
+    rng = np.random.default_rng(0)
+    centres = np.array([[9, 4, 0, 0], [9, -4, 0, 0], [0, 0, 9, 4], [0, 0, 9, -4]], np.float32)
+    tokens = np.repeat(centres, 30, 0) + rng.normal(0, 1, (120, 4)).astype(np.float32)
+    exact, tolerant = semantic_clusters(tokens), semantic_clusters(tokens, tolerance=0.15)
+    assert tolerant.silhouette >= 0.85 * exact.silhouette
+    assert len(tolerant) >= len(exact)
+    best = max(s for s in exact.silhouettes if s == s)
+    first = next(i for i, s in enumerate(exact.silhouettes) if s >= 0.85 * best)
+    np.testing.assert_array_equal(tolerant.labels, exact.hierarchy[:, first])
+    with pytest.raises(ValueError, match="tolerance 1"):
+        semantic_clusters(tokens, tolerance=1)

@@ -24,6 +24,7 @@ from hclib.methods import HierCore, PatchCore
 from hclib.paths import cache_dir
 
 GROUP_RULES = ["class/class", "global/class", "group/class", "group/cluster"]  # thresholds / aggregation of F1
+MODULES = ("hclib.data.datasets", "hclib.evaluation.scenarios", "hclib.methods.hiercore", "hclib.methods.patchcore")
 METHODS = {"PatchCore": PatchCore, "HierCore": HierCore}
 
 
@@ -63,7 +64,7 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     name = (
         records.config_hash({k: config.get(k) for k in keys})
         + "-"
-        + records.source_hash(("kernels", "methods", "data"))
+        + records.source_hash(modules=MODULES)
     )
     store = cache_dir() / "scores" / name
     if store.with_suffix(".json").is_file():
@@ -149,7 +150,7 @@ def recorded(experiment: str, config: dict, compute: Callable[[dict], pd.DataFra
         stale = len(records.stale(stored)) > 0
     else:
         stale = False
-    return records.cached(experiment, profile, config, lambda: compute(config), refresh=stale)
+    return records.cached(experiment, profile, config, lambda: compute(config), refresh=stale, modules=MODULES)
 
 
 def scenario_configs(base: dict, seeds: list[int]) -> list[dict]:

@@ -207,7 +207,7 @@ def shift_verdict(shift: pd.DataFrame, base: dict, page: str = "12_hiercore_thre
     lost = shift["lost points"].unstack("level")
     evidence = "; ".join(
         f"{level} level: thresholds differ by a factor {factor[level]:.2f}, the global one costs "
-        f"{lost[level].mean():.1f} points of F1 on average and {lost[level].max():.1f} at worst ({lost[level].idxmax()})"
+        f"{lost[level].mean():.1f} points of F1 on average, {lost[level].max():.1f} at worst ({lost[level].idxmax()})"
         for level in ("image", "pixel")
     )
     return report.claim(

@@ -73,7 +73,9 @@ def semantic_clusters(tokens: np.ndarray | torch.Tensor, method: str = "finch", 
         method: "finch", "kmeans" or "dbscan".
         options: of `finch_partitions`, `kmeans_partitions` or `dbscan_partitions`, and for each method
             `level` (int, index into `levels`, instead of the highest silhouette), `metric` of the silhouette
-            ("euclidean", scikit-learn's default, or "cosine"), `min_silhouette` (below it, all images form
+            ("euclidean", scikit-learn's default, or "cosine"), `tolerance` (take the finest level whose silhouette is
+            less than this share below the highest, because merged classes cost more than split ones; 0, the
+            paper's rule), `min_silhouette` (below it, all images form
             one group; None, the paper's rule, never does), and `normalise` (divide tokens by their L2 norm
             before clustering, averaging and routing; False).
 
@@ -87,12 +89,12 @@ def semantic_clusters(tokens: np.ndarray | torch.Tensor, method: str = "finch", 
     makers = {"finch": finch_partitions, "kmeans": kmeans_partitions, "dbscan": dbscan_partitions}
     if method not in makers:
         raise ValueError(f"method {method!r}: choose one of {', '.join(makers)}")
-    rule = {name: options.pop(name) for name in ("level", "metric", "min_silhouette") if name in options}
+    rule = {name: options.pop(name) for name in ("level", "metric", "tolerance", "min_silhouette") if name in options}
     normalise = options.pop("normalise", False)
     allowed = makers[method].__kwdefaults__
     if not options.keys() <= allowed.keys():
         extra = ", ".join(sorted(options.keys() - allowed.keys()))
-        common = "level, metric, min_silhouette, normalise"
+        common = "level, metric, tolerance, min_silhouette, normalise"
         raise ValueError(f"{method} has no option {extra}; it has {', '.join(allowed)} and {common}")
     values = _unit(_rows(tokens)) if normalise else _rows(tokens)
     alike = np.ptp(values, axis=0).max() <= 1e-6 * np.abs(values).max()
@@ -275,10 +277,13 @@ def _choose(
     *,
     level: int | None = None,
     metric: str = "euclidean",
+    tolerance: float = 0.0,
     min_silhouette: float | None = None,
     normalised: bool = False,
 ) -> Clusters:
-    """Pick the partition of the highest silhouette (the finer one on a tie), or the one `level` names."""
+    """Pick the finest partition within `tolerance` of the highest silhouette, or the one `level` names."""
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance {tolerance}: the share of the highest silhouette to give up lies in [0, 1)")
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f'metric {metric!r}: choose "euclidean" or "cosine"')
     partitions = [
@@ -289,7 +294,8 @@ def _choose(
         counts = [int(labels.max()) + 1 for labels in partitions]
         raise ValueError(f"level {level}: there are {len(partitions)} levels, of {counts} clusters")
     if level is None and len(partitions) > 1 and not np.isnan(silhouettes).all():
-        level = int(np.nanargmax(silhouettes))
+        best = np.nanmax(silhouettes)
+        level = int(np.argmax(np.array(silhouettes) >= best - tolerance * abs(best)))
     elif level is None and len(partitions) > 1:
         level = -1  # no level has a silhouette
     labels, silhouette = partitions[level or 0], silhouettes[level or 0]

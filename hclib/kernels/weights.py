@@ -108,8 +108,8 @@ def _rename_dinov2(constants: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def lite0_from_pth(content: bytes) -> dict[str, np.ndarray]:
     """Rename the tensors of the wheel's EfficientNet-Lite0 to those of timm's `tf_efficientnet_lite0`.
 
-    Both programs register the layers in the order of computation, so the n-th tensor of one is the n-th of
-    the other; shapes are compared here, and a test asks the network what it sees.
+    Both programs register the layers in the order of computation, so the n-th tensor of one is the n-th of the
+    other; shapes and kinds of tensor are compared here, and a test asks the network what it sees.
 
     Args:
         content: bytes of the `.pth` file, read by `torch.load(weights_only=True)`.
@@ -118,15 +118,21 @@ def lite0_from_pth(content: bytes) -> dict[str, np.ndarray]:
         timm name -> array.
 
     Raises:
-        WeightsError: when number or shapes of the tensors differ.
+        WeightsError: when number, shapes or kinds of the tensors differ.
     """
     import timm
 
     source = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    target = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    shapes = [tuple(tensor.shape) for tensor in source.values()]
-    if shapes != [tuple(tensor.shape) for tensor in target.values()]:
-        raise WeightsError("the tensors do not have the shapes of EfficientNet-Lite0 in timm's order")
+    with torch.device("meta"):
+        target = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    found, meant = (
+        [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in state.items()]
+        for state in (source, target)
+    )
+    if found != meant:
+        raise WeightsError(
+            "the tensors do not have the shapes and kinds of EfficientNet-Lite0 in timm's order"
+        )
     return {name: tensor.numpy() for name, tensor in zip(target, source.values(), strict=True)}
 
 

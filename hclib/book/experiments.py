@@ -24,7 +24,7 @@ from hclib.methods import HierCore, PatchCore
 from hclib.paths import cache_dir
 
 GROUP_RULES = ["class/class", "global/class", "group/class", "group/cluster"]  # thresholds / aggregation of F1
-MODULES = ("hclib.data.datasets", "hclib.evaluation.scenarios", "hclib.methods.hiercore", "hclib.methods.patchcore")
+MODULES = ("hclib.evaluation.scenarios", "hclib.kernels.encoders", "hclib.methods.hiercore", "hclib.methods.patchcore")
 METHODS = {"PatchCore": PatchCore, "HierCore": HierCore}
 
 
@@ -64,7 +64,7 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     name = (
         records.config_hash({k: config.get(k) for k in keys})
         + "-"
-        + records.source_hash(modules=MODULES)
+        + records.source_hash(modules=modules(config))
     )
     store = cache_dir() / "scores" / name
     if store.with_suffix(".json").is_file():
@@ -150,7 +150,12 @@ def recorded(experiment: str, config: dict, compute: Callable[[dict], pd.DataFra
         stale = len(records.stale(stored)) > 0
     else:
         stale = False
-    return records.cached(experiment, profile, config, lambda: compute(config), refresh=stale, modules=MODULES)
+    return records.cached(experiment, profile, config, lambda: compute(config), refresh=stale, modules=modules(config))
+
+
+def modules(config: dict) -> tuple[str, ...]:
+    """Return the modules whose source decides the numbers of a config; a rendered data set is one of them."""
+    return (*MODULES, "hclib.data.demo") if config["dataset"] == "demo" else MODULES
 
 
 def scenario_configs(base: dict, seeds: list[int]) -> list[dict]:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from hclib.data.datasets import load_index
 from hclib.evaluation import records
-from hclib.evaluation.scenarios import evaluate_rules
+from hclib.evaluation.scenarios import evaluate, evaluate_rules
 from hclib.images import read_masks
 from hclib.kernels.encoders import load_encoder
 from hclib.kernels.features import Features
@@ -61,11 +61,7 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     """
     train, test = split(dataset_features(config["dataset"], config["encoder"], config["image_size"]))
     keys = ("dataset", "encoder", "image_size", "method", "train_labels", "test_labels", "seed", "options")
-    name = (
-        records.config_hash({k: config.get(k) for k in keys})
-        + "-"
-        + records.source_hash(modules=modules(config))
-    )
+    name = records.config_hash({k: config.get(k) for k in keys}) + "-" + records.source_hash(modules=modules(config))
     store = cache_dir() / "scores" / name
     if store.with_suffix(".json").is_file():
         return Scores.load(store.with_suffix(".safetensors")), json.loads(store.with_suffix(".json").read_text()), test
@@ -101,6 +97,23 @@ def label_scenario(config: dict) -> pd.DataFrame:
     frames = evaluate_rules(scores, test.index, rules, size=config["size"])
     frames[0] = frames[0].merge(score_lists(scores.image, test.index), on=["category", "level"], how="left")
     return pd.concat(frames, ignore_index=True).assign(**facts)
+
+
+def one_class(config: dict) -> pd.DataFrame:
+    """Return the metrics of one PatchCore per category, each seeing only its own category (the one-class setting).
+
+    Args:
+        config: as for `fit_and_score`; `dataset` without a category.
+    """
+    _, test = split(dataset_features(config["dataset"], config["encoder"], config["image_size"]))
+    categories = sorted(test.index["category"].unique())
+    parts = [fit_and_score({**config, "dataset": f"{config['dataset']}:{name}"}) for name in categories]
+    frames = [evaluate(scores, part.index, size=config["size"]) for scores, _, part in parts]
+    rows = pd.concat(frames, ignore_index=True).query("category != 'mean'")
+    metrics = ["f1", "auroc", "ap", "f1_max", "aupro", "iou_max"]
+    means = rows.groupby("level")[metrics].mean().reset_index().assign(category="mean")
+    facts = pd.DataFrame([facts for _, facts, _ in parts]).sum().to_dict()
+    return pd.concat([rows, means], ignore_index=True).assign(**facts)
 
 
 def pixel_histograms(config: dict) -> pd.DataFrame:

@@ -1,0 +1,106 @@
+"""One-class against multi-class training: eight metrics and mAD, as in HierCore's Tables 3 and A.7 to A.10."""
+
+from __future__ import annotations
+
+import pandas as pd
+from IPython.display import Markdown
+
+from hclib.book import report
+from hclib.evaluation.metrics import mad
+from hclib.evaluation.published import load_published
+
+IMAGE = ["auroc", "ap", "f1_max"]
+PIXEL = ["auroc", "ap", "f1_max", "aupro", "iou_max"]
+TABLES = {"MVTec AD": "A.7", "VisA": "A.8", "MPDD": "A.9", "BTAD": "A.10"}
+SETTINGS = ["PatchCore, one-class", "PatchCore, multi-class", "HierCore, multi-class"]
+CLOSE = 0.01  # a difference in mAD up to here counts as "no loss"; the paper's largest for these methods is 0.006
+
+
+def metric_means(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the class means of all metrics and both mAD, one row per setting and seed.
+
+    Args:
+        results: Records with `setting, seed, level, category` and the metrics, rows under class thresholds.
+    """
+    rows = []
+    for (setting, seed), part in results[results["category"] == "mean"].groupby(["setting", "seed"], sort=False):
+        level = part.set_index("level")
+        row = {("image", m): level.loc["image", m] for m in IMAGE} | {
+            ("pixel", m): level.loc["pixel", m] for m in PIXEL
+        }
+        row["image", "mAD"] = mad({m: row["image", m] for m in IMAGE}, "I")
+        row["pixel", "mAD"] = sum(row["pixel", m] for m in PIXEL) / len(PIXEL)
+        rows.append({("", "setting"): setting, ("", "seed"): seed} | row)
+    return pd.DataFrame(rows)
+
+
+def metric_table(means: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per setting, mean ± standard deviation over seeds, metrics as columns of the two levels."""
+    long = means.set_index([("", "setting"), ("", "seed")])
+    grouped = long.groupby(level=0, sort=False)
+    mean, deviation, count = grouped.mean(), grouped.std(ddof=1), grouped.size()
+    text = mean.map("{:.3f}".format)
+    if (count > 1).all():
+        text = text + deviation.map(" ± {:.3f}".format)
+    return text.rename_axis("").loc[[s for s in SETTINGS if s in text.index]]
+
+
+def mad_beside_paper(means: pd.DataFrame) -> pd.DataFrame:
+    """Return our mAD beside the paper's for each of its data sets, and the loss against one-class PatchCore in both."""
+    paper = load_published("hiercore", "3")
+    paper = paper[(paper["metric"] == "mad") & paper["method"].isin(["PatchCore", "HierCore"])]
+    ours = means.set_index(("", "setting")).groupby(level=0).mean(numeric_only=True)
+    rows = []
+    for setting in SETTINGS:
+        method, _, train = setting.partition(", ")
+        for level in ("image", "pixel"):
+            mine = paper.query("method == @method and train_setting == @train and level == @level")
+            row = {"setting": setting, "level": level, "ours": ours.loc[setting, (level, "mAD")]}
+            row |= {f"paper, {d}": float(v) for d, v in zip(mine["dataset"], mine["value"], strict=True)}
+            rows.append(row)
+    return pd.DataFrame(rows).set_index(["level", "setting"]).sort_index(level="level", sort_remaining=False).round(3)
+
+
+def losses(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the change in mAD against one-class PatchCore for every column of `mad_beside_paper`."""
+    base = table.xs(SETTINGS[0], level="setting")
+    return (
+        (table - base.reindex(table.index.get_level_values("level")).to_numpy())
+        .drop(SETTINGS[0], level="setting")
+        .round(3)
+    )
+
+
+def performance_verdicts(loss: pd.DataFrame, base: dict, page: str = "11_hiercore_one_vs_multi") -> list[Markdown]:
+    """Test that neither PatchCore nor HierCore loses from one-class to multi-class training; record both."""
+    keys = {k: base[k] for k in ("profile", "dataset", "encoder", "image_size")} | {"page": page}
+    statements = {
+        "patchcore-multi-class": (
+            "PatchCore keeps its one-class performance with one bank for all classes.",
+            SETTINGS[1],
+        ),
+        "hiercore-multi-class": (
+            "HierCore, trained without labels, keeps one-class PatchCore's performance.",
+            SETTINGS[2],
+        ),
+    }
+    verdicts = []
+    for name, (statement, setting) in statements.items():
+        ours = loss.xs(setting, level="setting")["ours"]
+        theirs = loss.xs(setting, level="setting").drop(columns="ours")
+        evidence = "; ".join(
+            f"{level} mAD {ours[level]:+.3f} (paper: {theirs.loc[level].min():+.3f} to {theirs.loc[level].max():+.3f})"
+            for level in ("image", "pixel")
+        )
+        where = f"{base['dataset']}, {base['encoder']} at {base['image_size']} px"
+        verdicts.append(
+            report.claim(
+                name,
+                statement,
+                bool((ours >= -CLOSE).all()),
+                f"{evidence} ({where}).",
+                source="HierCore, 4.3 and Table 3",
+                **keys,
+            )
+        )
+    return verdicts

@@ -59,19 +59,19 @@ DEMO_CATEGORIES: dict[str, DemoCategory] = {
         "A populated circuit board, always the same layout (rendered).",
         ("bridge", "misprint", "missing_part", "scratch", "turned_part"),
         demo_products.draw_board,
-        (0.3, 1.0),
+        (0.35, 1.0),
     ),
     "brick": DemoCategory(
         "A brick wall (photograph, straightened and tinted).",
         ("crack", "efflorescence", "hole", "paint"),
         demo_parts.draw_brick,
-        (0.0, 0.8),
+        (0.0, 0.7),
     ),
     "gear": DemoCategory(
         "A turned steel gear in any rotation (rendered).",
         ("bent_tooth", "broken_tooth", "extra_hole", "rust", "scratch"),
         demo_products.draw_gear,
-        (0.2, 1.0),
+        (0.4, 1.0),
     ),
     "grass": DemoCategory(
         "A lawn with clover (photograph, tinted).",

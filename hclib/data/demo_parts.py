@@ -199,21 +199,21 @@ def draw_brick(rng: np.random.Generator, split: str, flaw: Flaw | None) -> Array
     if flaw.kind == "crack":
         line = path_distance(wander(chance, at, flaw.between(35, 150), 0.5, 0.35))
         gap = cover(line - flaw.between(0.5, 1.6) * (1 + 0.4 * clouds(chance, 9)), 1.4)
-        image = paint(image, flaw.between(0.35, 0.9) * gap, (0.10, 0.06, 0.05))
+        image = paint(image, flaw.between(0.25, 0.9) * gap, (0.10, 0.06, 0.05))
     elif flaw.kind == "efflorescence":
         bloom = cover(blot(chance, at, flaw.between(9, 30), 0.5), flaw.between(6, 18))
         bloom *= np.clip(0.65 + 0.35 * clouds(chance, 5), 0, 1)
-        image = paint(image, flaw.between(0.2, 0.75) * bloom, (0.90, 0.88, 0.85))
+        image = paint(image, flaw.between(0.12, 0.75) * bloom, (0.90, 0.88, 0.85))
     elif flaw.kind == "hole":
-        edge = blot(chance, at, flaw.between(4, 13), 0.3)
+        edge = blot(chance, at, flaw.between(3, 13), 0.3)
         pit = cover(edge, 2) * (0.85 + 0.15 * clouds(chance, 4))
-        image = paint(image, flaw.between(0.5, 0.92) * pit, (0.13, 0.07, 0.06))
+        image = paint(image, flaw.between(0.3, 0.92) * pit, (0.13, 0.07, 0.06))
         lip = cover(np.abs(edge - 0.5) - 0.7, 1.5) * np.clip((Y - at[1]) / 12, 0, 1)
         image = image + 0.25 * lip[..., None]
     elif flaw.kind == "paint":
         line = path_distance(wander(chance, at, flaw.between(12, 90), 1.5))
         spray = cover(line - flaw.between(2.5, 6.0), flaw.between(5, 2.5))
-        image = paint(image, flaw.between(0.3, 0.9) * spray, flaw.pick((0.15, 0.3, 0.65), (0.12, 0.45, 0.3)))
+        image = paint(image, flaw.between(0.15, 0.9) * spray, flaw.pick((0.15, 0.3, 0.65), (0.12, 0.45, 0.3)))
     return exposed(image, rng)
 
 

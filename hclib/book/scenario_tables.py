@@ -122,7 +122,7 @@ def threshold_shift(results: pd.DataFrame) -> pd.DataFrame:
 
 def paper_ratios() -> pd.DataFrame:
     """Return the Diff. Ratios (percent) of Tables 4 and 5: `dataset, method, train_labels, level, paper`."""
-    paper = pd.concat([load_published("hiercore", "4"), load_published("hiercore", "5")])
+    paper = pd.concat([load_published("hiercore", "4"), load_published("hiercore", "5")]).drop(columns="paper")
     return paper[paper["metric"] == "diff_ratio"].rename(columns={"train_setting": "train_labels", "value": "paper"})
 
 
@@ -137,7 +137,7 @@ def class_beside_paper(results: pd.DataFrame, category: str, paper_class: str, t
     ours = scenario_f1(results).query("train_labels == 'unknown' and category == @category")
     ours = ours.melt(["method", "level"], ["known", "unknown"], "eval_setting", "ours")
     ours = ours.groupby(["method", "level", "eval_setting"], as_index=False)["ours"].mean()
-    paper = load_published("hiercore", table)
+    paper = load_published("hiercore", table).drop(columns="paper")
     paper = paper[(paper["class"] == paper_class) & (paper["metric"] == "f1")].rename(columns={"value": "paper"})
     wide = ours.merge(paper[["method", "level", "eval_setting", "paper"]], on=["method", "level", "eval_setting"])
     wide["paper"] = wide["paper"].astype(float)

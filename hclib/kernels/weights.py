@@ -108,8 +108,8 @@ def _rename_dinov2(constants: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def lite0_from_pth(content: bytes) -> dict[str, np.ndarray]:
     """Rename the tensors of the wheel's EfficientNet-Lite0 to those of timm's `tf_efficientnet_lite0`.
 
-    Both programs register the layers in the order of computation, so the n-th tensor of one is the n-th of the
-    other; shapes and kinds of tensor are compared here, and a test asks the network what it sees.
+    Both programs register the layers in the order of computation, so the n-th tensor of one is the n-th of
+    the other; shapes and kinds of tensor are compared here, and a test asks the network what it sees.
 
     Args:
         content: bytes of the `.pth` file, read by `torch.load(weights_only=True)`.

@@ -1,4 +1,4 @@
-"""The demo set: one seed, one set of bytes; masks that are what a defect changed; defects of fair difficulty."""
+"""The demo set: one seed, one set of bytes; masks are what a defect changed; defects are of fair difficulty."""
 
 import hashlib
 import os

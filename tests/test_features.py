@@ -132,16 +132,20 @@ def test_key_covers_the_encoder(index, tmp_path, change):
     assert len(encoder.batches) > 0 and len(list(tmp_path.glob("*/meta.json"))) == 2
 
 
-def test_key_covers_the_order_but_not_the_place_of_the_files(index, tmp_path):
+def test_the_same_images_are_encoded_once_whatever_their_order_place_and_number(index, tmp_path):
     cache = tmp_path / "cache"
-    first = extract(TinyEncoder(), index, cache=cache, progress=False)
-    turned = extract(TinyEncoder(), index[::-1], cache=cache, progress=False)
-    assert np.array_equal(first.maps["fine"], turned.maps["fine"][::-1])
+    whole = extract(TinyEncoder(), index, cache=cache, progress=False)
     (tmp_path / "images").rename(tmp_path / "moved")
-    moved = index.assign(path=index["path"].str.replace("images", "moved"))
+    moved = index.assign(path=index["path"].str.replace("/images/", "/moved/"))
     encoder = TinyEncoder()
-    extract(encoder, moved, cache=cache, progress=False)
+    for rows in (np.arange(21)[::-1], np.array([3, 3, 20]), np.arange(5, 9), np.arange(21)):
+        part = extract(encoder, moved.iloc[rows], cache=cache, progress=False)
+        assert np.array_equal(part.tokens, whole.tokens[rows]) and len(part) == len(rows)
+        assert all(np.array_equal(part.maps[layer], values[rows]) for layer, values in whole.maps.items())
     assert encoder.batches == []
+    Image.new("RGB", (9, 9)).save(moved["path"][0])
+    extract(encoder, moved.iloc[:2], cache=cache, progress=False)  # one of the two is new: both are encoded
+    assert encoder.batches == [1, CHUNK["cpu"]]
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 2])

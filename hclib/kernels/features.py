@@ -1,7 +1,8 @@
 """Features of a whole index, cached on disk, and the patch vectors that detectors work on.
 
-The cache is `cache_dir()/features/<key>`. The key covers the encoder's weights, layers and preprocessing and
-the bytes of every image in order, so a changed byte gives a new folder and nothing stale is ever read.
+The cache is `cache_dir()/features/<encoder>-<images>`: the first part stands for weights, layers and
+preprocessing, the second for the bytes of every image in order. A changed byte gives a new folder, and
+nothing stale is ever read.
 """
 
 from __future__ import annotations
@@ -135,12 +136,13 @@ def extract(
     cache: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Features:
-    """Encode every image of an index, or open the result of an earlier call.
+    """Encode every image of an index, or open what an earlier call has encoded.
 
-    Two processes may ask for the same features: one works, the other waits. An interrupted extraction resumes
-    where its data on disk end. The stored bytes do not depend on `batch_size`: the network always runs on
-    chunks of one size, the last one padded. Values beyond float16 (65504) are clipped, counted in
-    `meta.json` and warned of.
+    The contents of the files decide: the same images in another order, split or place, or a part of them (a
+    contaminated training set, one category), are read from the features of the whole. Two processes may ask
+    for the same features: one works, the other waits. An interrupted extraction resumes where its data end.
+    The stored bytes do not depend on `batch_size`: the network always runs on chunks of one size, the last
+    one padded. Values beyond float16 (65504) are clipped, counted in `meta.json` and warned of.
 
     Args:
         encoder: from `load_encoder`.
@@ -153,7 +155,7 @@ def extract(
         `Features` with read-only memory-mapped maps; `.index` is `index`.
 
     Raises:
-        ValueError: an index without rows; a network output that is not finite (names the images).
+        ValueError: an index without rows; a network output that is not finite (names the first image).
         FileNotFoundError: a file of the index that is not there.
         ImageError: an image that cannot be read.
         OSError: less free space than the features need.
@@ -161,30 +163,43 @@ def extract(
     if not len(index):
         raise ValueError("the index has no rows: nothing to extract")
     paths = index["path"].tolist()
-    settings = _settings(encoder, paths)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    root = Path(cache) if cache is not None else cache_dir() / "features"
-    root.mkdir(parents=True, exist_ok=True)
-    folder = root / key
-    if not (folder / "meta.json").is_file():
-        with FileLock(root / f"{key}.lock"):
-            if not (folder / "meta.json").is_file():
-                fill(folder, encoder, paths, settings, batch_size, progress)
-    maps = {layer: np.load(folder / f"{layer}.npy", mmap_mode="r") for layer in encoder.layers}
-    return Features(maps, np.load(folder / "tokens.npy"), index, encoder.describe())
-
-
-def _settings(encoder: Encoder, paths: list[str]) -> dict[str, Any]:
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(_hash_file, paths))
-    return {
+    root = Path(cache) if cache is not None else cache_dir() / "features"
+    root.mkdir(parents=True, exist_ok=True)
+    recipe = {
         "format": _FORMAT,
         "encoder": encoder.describe(),
         "preprocessing": encoder.preprocessing,
         "device": encoder.device.type,
         "chunk": CHUNK[encoder.device.type],
-        "files": hashes,
     }
+    own = root / f"{_digest(recipe, 12)}-{_digest(hashes, 20)}"
+    found = _find(own, hashes)
+    if found is None:
+        with FileLock(f"{own}.lock"):
+            found = _find(own, hashes)
+            if found is None:
+                fill(own, encoder, paths, recipe | {"files": hashes}, batch_size, progress)
+                found = own, np.arange(len(paths))
+    folder, rows = found
+    maps = {layer: _pick(np.load(folder / f"{layer}.npy", mmap_mode="r"), rows) for layer in encoder.layers}
+    return Features(maps, np.load(folder / "tokens.npy")[rows], index, encoder.describe())
+
+
+def _find(own: Path, hashes: list[str]) -> tuple[Path, np.ndarray] | None:
+    """Look for complete features of these files or more; give the folder and the rows of the files."""
+    if (own / "meta.json").is_file():
+        return own, np.arange(len(hashes))
+    for meta in sorted(own.parent.glob(f"{own.name.split('-')[0]}-*/meta.json")):
+        rows = {content: row for row, content in enumerate(json.loads(meta.read_text())["files"])}
+        if rows.keys() >= set(hashes):
+            return meta.parent, np.array([rows[content] for content in hashes])
+    return None
+
+
+def _digest(content: Any, length: int) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def _hash_file(path: str) -> str:

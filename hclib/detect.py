@@ -169,7 +169,7 @@ def _heat_maps(folder: Path, test: Features, scores: Scores, table: pd.DataFrame
         image = Image.fromarray(read_image(test.index["path"].iloc[row]))
         image.thumbnail((512, 512))
         values = Image.fromarray(scores.patch[row]).resize(image.size, Image.Resampling.BILINEAR)
-        share = np.clip(np.asarray(values) / (2 * table["threshold"].iloc[row]), 0, 1)[..., None]  # 0.5 = threshold
+        share = np.clip(np.asarray(values) / table["threshold"].iloc[row] - 0.5, 0, 1)[..., None]  # 0.5 = threshold
         heat = np.asarray(colours(share[..., 0]))[..., :3] * 255
         overlay = np.asarray(image) * (1 - 0.65 * share) + heat * 0.65 * share
         target = folder / Path(table["path"].iloc[row]).with_suffix(".jpg")
@@ -235,6 +235,7 @@ def _report(table: pd.DataFrame, thumbnails: dict[int, str], conditions: dict[st
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>hclib detect</title><style>{_STYLE}</style>'
         f"<h1>Anomaly report</h1><table>{rows}</table><h2>Decisions per folder</h2>{_by_folder(table)}"
         f"<h2>Images, highest score over threshold first</h2><p>Showing {shown}. Left the image, right its heat map; "
-        f"the colour scale runs from 0 to twice the threshold. All maps are under <code>heatmaps/</code>, all numbers "
+        f"the colour scale runs from half to one and a half times the threshold. All maps are under "
+        f"<code>heatmaps/</code>, all numbers "
         f"in <code>scores.csv</code>.</p>{''.join(cards)}</html>"
     )

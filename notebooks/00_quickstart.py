@@ -83,8 +83,8 @@ print(f"{len(train)} images, {len(detector.bank.points)} patches kept, {scores.p
 # %% [markdown]
 # ## One heat map
 #
-# Four defective images, from the least to the most anomalous by score. The colour scale runs from zero to twice the
-# decision threshold: dark is normal, orange and brighter is over the threshold.
+# Four defective images, from the least to the most anomalous by score. The colour scale runs from half to
+# one and a half times the decision threshold: dark is normal, orange and brighter is over the threshold.
 
 # %%
 labels = test.index["label"].to_numpy()
@@ -113,7 +113,7 @@ print(f"{category}: image AUROC {metrics['auroc']:.3f}, best F1 {metrics['f1_max
 # threshold. Without them, HierCore first finds the groups itself.
 
 # %%
-rest = [name for name in sorted(index["category"].unique()) if name != category][:2]
+rest = [name for name in sorted(index["category"].unique()) if name != category][-2:]
 scales = {category: pd.Series(scores.image[labels == 0])}
 for name in rest:
     part = backbone.extract(load_index(dataset, categories=[name]))

@@ -32,7 +32,9 @@ figures.use_style()
 # The papers' four benchmarks are read from the reader's disk, in their published layouts.
 
 # %%
-list_datasets()[["name", "description", "licence"]]
+list_datasets()[["name", "description", "where"]].replace(
+    {"where": r"^/.*"}, {"where": "found on this machine"}, regex=True
+)
 
 # %% [markdown]
 # ## What each one holds

@@ -100,8 +100,8 @@ def contact_sheet(index: pd.DataFrame, *, columns: int = 8, size: int = 128, see
 def heat_maps(index: pd.DataFrame, maps: np.ndarray, thresholds: Sequence[float], *, size: int = 224) -> Figure:
     """Draw image, ground truth and heat map of a few test images, one column each.
 
-    The colour scale of a column runs from 0 to twice its threshold, so white-yellow means "over the threshold"
-    whatever the score scale of its group.
+    The colour scale of a column runs from half to one and a half times its threshold, so that orange and brighter is
+    over the threshold whatever the score scale of its group.
 
     Args:
         index: rows to draw, all of them publishable.
@@ -119,7 +119,7 @@ def heat_maps(index: pd.DataFrame, maps: np.ndarray, thresholds: Sequence[float]
         axes[0, column].set_title(f"{item.category}\n{item.defect}".replace("_", " "), fontsize=7)
         axes[1, column].imshow(mask, cmap="gray", vmin=0, vmax=1)
         axes[2, column].imshow(image)
-        axes[2, column].imshow(values, cmap="inferno", vmin=0, vmax=2 * limit, alpha=0.65)
+        axes[2, column].imshow(values, cmap="inferno", vmin=0.5 * limit, vmax=1.5 * limit, alpha=0.65)
     for ax, text in zip(axes[:, 0], ("image", "ground truth", "score"), strict=True):
         ax.set_ylabel(text, fontsize=8)
     _image_axes(axes)

@@ -194,7 +194,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type != "code":
             continue
         for output in cell.outputs:
-            if output.get("name") == "stderr":
+            if output.get("name") == "stderr" and "it/s" not in output["text"] and "image/s" not in output["text"]:
                 print(output["text"], file=sys.stderr)
             output.get("metadata", {}).clear()
         widgets = "application/vnd.jupyter.widget-view+json"

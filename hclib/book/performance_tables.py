@@ -30,14 +30,14 @@ def metric_means(results: pd.DataFrame) -> pd.DataFrame:
         }
         row["image", "mAD"] = mad({m: row["image", m] for m in IMAGE}, "I")
         row["pixel", "mAD"] = sum(row["pixel", m] for m in PIXEL) / len(PIXEL)
-        rows.append({("", "setting"): setting, ("", "seed"): seed} | row)
-    return pd.DataFrame(rows)
+        rows.append({"setting": setting, "seed": seed} | row)
+    table = pd.DataFrame(rows).set_index(["setting", "seed"])
+    return table.set_axis(pd.MultiIndex.from_tuples(table.columns), axis=1)
 
 
 def metric_table(means: pd.DataFrame) -> pd.DataFrame:
     """Return one row per setting, mean ± standard deviation over seeds, metrics as columns of the two levels."""
-    long = means.set_index([("", "setting"), ("", "seed")])
-    grouped = long.groupby(level=0, sort=False)
+    grouped = means.groupby(level="setting", sort=False)
     mean, deviation, count = grouped.mean(), grouped.std(ddof=1), grouped.size()
     text = mean.map("{:.3f}".format)
     if (count > 1).all():
@@ -47,9 +47,9 @@ def metric_table(means: pd.DataFrame) -> pd.DataFrame:
 
 def mad_beside_paper(means: pd.DataFrame) -> pd.DataFrame:
     """Return our mAD beside the paper's for each of its data sets, and the loss against one-class PatchCore in both."""
-    paper = load_published("hiercore", "3")
+    paper = load_published("hiercore", "3").drop(columns="paper")
     paper = paper[(paper["metric"] == "mad") & paper["method"].isin(["PatchCore", "HierCore"])]
-    ours = means.set_index(("", "setting")).groupby(level=0).mean(numeric_only=True)
+    ours = means.groupby(level="setting").mean()
     rows = []
     for setting in SETTINGS:
         method, _, train = setting.partition(", ")

@@ -1,4 +1,4 @@
-"""The demo set: one seed, one set of bytes; masks are what a defect changed; defects are of fair difficulty."""
+"""The demo set: one seed, one set of bytes; a mask is what a defect changed; defects of fair difficulty."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -79,6 +79,7 @@ def test_the_index_lists_every_file_in_order_and_train_holds_only_normals(small)
             assert (image.size, image.mode, image.info) == ((256, 256), "RGB", {})
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(DEMO_CATEGORIES)), st.integers(0, 70), st.integers(0, 70))
 def test_half_of_the_test_images_are_anomalous_and_shared_out_evenly(category, train, test):
     plan = pd.DataFrame(demo._plan(category, train, test), columns=["split", "defect", "number"])
@@ -135,6 +136,7 @@ def test_training_and_test_crops_share_no_pixel_of_the_photograph(name, monkeypa
     assert np.min(seen["train"]) >= 0 and np.max(seen["test"]) <= 511
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.floats(0, 1))
 def test_severities_fill_their_range_evenly(count, offset):
     values = np.sort([demo._spread(number, offset) for number in range(count)])

@@ -1,4 +1,4 @@
-"""Image anomaly detection when the training set cannot be trusted: kernels, methods and evaluation of the HierCore book."""
+"""Image anomaly detection when the training set cannot be trusted: the code of the HierCore book."""
 
 from importlib.metadata import PackageNotFoundError, version
 

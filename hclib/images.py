@@ -121,9 +121,7 @@ def resize_mask(mask: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     if not len(rows):
         return np.zeros((h, w), bool)
     part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    area = _sums(
-        _sums(part, h, rows[0], height).T, w, columns[0], width
-    ).T  # (h, w), height * width when full
+    area = _sums(_sums(part, h, rows[0], height).T, w, columns[0], width).T  # (h, w), height * width when full
     resized = 2 * area >= height * width
     return resized if resized.any() else area == area.max()
 
@@ -172,18 +170,14 @@ def _opened(path: str | os.PathLike, decode: bool = True) -> Iterator[Image.Imag
         raise
     except _BROKEN as error:
         reason = "no image format that Pillow knows" if "cannot identify" in str(error) else str(error)
-        raise ImageError(
-            f"{path}: cannot be read as an image: {reason}; replace the file or leave it out"
-        ) from error
+        raise ImageError(f"{path}: cannot be read as an image: {reason}; replace the file or leave it out") from error
 
 
 def _rgb(image: Image.Image, path: str | os.PathLike) -> Image.Image:
     """Convert a decoded image to mode RGB by the rules of `read_image`."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_eight_bit(np.asarray(image), path))
-    elif (
-        image.mode == "P"
-    ):  # by way of RGBA: the colours under a transparent entry stay, and Pillow does not warn
+    elif image.mode == "P":  # by way of RGBA: the colours under a transparent entry stay, and Pillow does not warn
         image = image.convert("RGBA")
     return image.convert("RGB")
 

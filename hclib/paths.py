@@ -17,14 +17,14 @@ def repository() -> Path | None:
 
 
 def cache_dir() -> Path:
-    """Return the cache for weights, features and the rendered demo set: `$HCLIB_CACHE` or `~/.cache/hclib`, made if absent."""
+    """Return the cache of weights, features and the demo set, made if absent: `$HCLIB_CACHE` or `~/.cache/hclib`."""
     folder = Path(os.environ.get("HCLIB_CACHE") or Path.home() / ".cache" / "hclib").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def data_roots() -> list[Path]:
-    """Return the folders searched for data sets: `$HCLIB_DATA` (separated by ":"), then `../shared/data` beside the checkout."""
+    """Return the folders searched for data sets: those of `$HCLIB_DATA`, then `../shared/data` beside the checkout."""
     roots = [Path(part).expanduser() for part in os.environ.get("HCLIB_DATA", "").split(os.pathsep) if part]
     top = repository()
     if top is not None and (top.parent / "shared" / "data").is_dir():

@@ -36,9 +36,7 @@ def test_separate_groups_are_found(method):
     found = semantic_clusters(tokens, method, **QUICK[method])
     assert adjusted_rand_score(truth, found.labels) == 1.0
     np.testing.assert_array_equal(found.labels, truth)  # numbered in order of appearance
-    np.testing.assert_allclose(
-        found.keys, [tokens[truth == k].mean(0) for k in range(5)], rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(found.keys, [tokens[truth == k].mean(0) for k in range(5)], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found.route(tokens), truth)
     assert found.silhouette == pytest.approx(silhouette_score(tokens, truth), abs=1e-6)
     assert found.labels.dtype == np.int64 and found.keys.dtype == np.float32 and len(found) == 5

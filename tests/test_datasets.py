@@ -69,9 +69,7 @@ def assert_is_index(index, name):
     assert ((index["label"] == 0) == (index["defect"] == "good")).all()
     for path in (*index["path"], *(m for m in index["mask_path"] if m)):
         assert path.startswith("/")
-    keys = [
-        (r.category, r.split != "train", r.defect != "good", r.defect, r.path) for r in index.itertuples()
-    ]
+    keys = [(r.category, r.split != "train", r.defect != "good", r.defect, r.path) for r in index.itertuples()]
     assert keys == sorted(keys)
 
 
@@ -176,9 +174,7 @@ def test_mtd_splits_its_normal_images_by_seed(tmp_path):
     mtd_tree(tmp_path / "mtd")
     index = load_index("mtd", tmp_path)
     assert_is_index(index, "mtd")
-    assert index["defect"].value_counts().to_dict() == {"good": 11} | {
-        k.lower(): 1 for k in layouts.MTD_DEFECTS
-    }
+    assert index["defect"].value_counts().to_dict() == {"good": 11} | {k.lower(): 1 for k in layouts.MTD_DEFECTS}
     assert ((index["split"] == "test") & (index["label"] == 0)).sum() == 3  # a fifth, rounded up
     assert not index["path"].str.endswith(".png").any()
     pd.testing.assert_frame_equal(index, load_index("mtd", tmp_path, seed=0))
@@ -299,9 +295,7 @@ def test_data_are_found_below_a_root_of_the_environment(tmp_path, monkeypatch):
     assert locate("mvtec") == tmp_path / "mvtec_anomaly_detection"
     assert len(load_index("mvtec")) == 5
     table = list_datasets().set_index("name")
-    assert table.loc["mvtec", "found"] and table.loc["mvtec", "where"] == str(
-        tmp_path / "mvtec_anomaly_detection"
-    )
+    assert table.loc["mvtec", "found"] and table.loc["mvtec", "where"] == str(tmp_path / "mvtec_anomaly_detection")
     assert not table.loc["realiad", "found"] and table.loc["realiad", "where"].startswith("https://")
     assert {"demo", "mtd", "realmix", "visa", "mpdd", "btad", "folder"} <= set(table.index)
 
@@ -332,9 +326,7 @@ def test_categories_are_selected_and_checked(tmp_path):
 
 def test_anomalous_training_images_must_be_allowed(tmp_path):
     touch(tree(tmp_path), "bottle/train/crack/007.png")
-    with pytest.raises(
-        DatasetError, match=r"train/crack/007\.png: an anomalous image in train.*allow_contaminated"
-    ):
+    with pytest.raises(DatasetError, match=r"train/crack/007\.png: an anomalous image in train.*allow_contaminated"):
         load_index("mvtec", tmp_path)
     index = load_index("mvtec", tmp_path, allow_contaminated=True)
     assert_is_index(index, "mvtec")
@@ -368,9 +360,7 @@ def test_row_order_does_not_depend_on_the_list(tmp_path_factory, images, random)
 
 
 def test_pixels_may_be_shown_only_where_the_terms_say_so():
-    index = pd.DataFrame(
-        {"category": ["screw", "cookie", "hazelnut_toy", "ball_screw", "glassfiber", "magnetic_tile"]}
-    )
+    index = pd.DataFrame({"category": ["screw", "cookie", "hazelnut_toy", "ball_screw", "glassfiber", "magnetic_tile"]})
     assert not may_publish(index).any()
     for name, allowed in [
         ("realmix", [0, 1, 1, 1, 0, 0]),
@@ -406,9 +396,7 @@ def test_published_lists_of_mvtec_have_the_counts_of_table_2(tmp_path):
     touch(tmp_path / "mvtec", "screw/train/good/999.png", "tile/train/crack/999.png")
     (tmp_path / "mvtec/wood/train/good/000.png").unlink()
     wrong = check("mvtec", tmp_path).query("problem != ''")
-    assert list(
-        wrong[["category", "count", "published", "found", "problem"]].itertuples(index=False, name=None)
-    ) == [
+    assert list(wrong[["category", "count", "published", "found", "problem"]].itertuples(index=False, name=None)) == [
         ("screw", "train_normal", 320, 321, "1 too many"),
         ("wood", "train_normal", 247, 246, "1 too few"),
         ("tile", "train_abnormal", 0, 1, "1 too many"),
@@ -468,15 +456,11 @@ def test_audit_of_realmix_finds_the_four_empty_masks():
     shared("realmix.csv")
     problems = audit(load_index("realmix"))
     assert len(problems) == 4
-    assert (
-        problems["problem"].str.contains("is empty").all() and (problems["category"] == "magnetic_tile").all()
-    )
+    assert problems["problem"].str.contains("is empty").all() and (problems["category"] == "magnetic_tile").all()
 
 
 def audited(tmp_path):
-    for number, path in enumerate(
-        ["train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1"]
-    ):
+    for number, path in enumerate(["train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1"]):
         picture(tmp_path / "bottle" / f"{path}.png", number)
     for name in "01":
         Image.fromarray(np.eye(6, 4, dtype=bool)).save(

@@ -93,9 +93,7 @@ def test_half_of_the_test_images_are_anomalous_and_shared_out_evenly(category, t
 def test_the_default_set_has_60_train_and_40_test_images_in_each_of_six_categories():
     assert len(DEMO_CATEGORIES) == 6
     assert render_demo.__kwdefaults__ == {"categories": None, "train": 60, "test": 40}
-    assert all(
-        4 <= len(kind.defects) <= 5 and kind.description.endswith(".") for kind in DEMO_CATEGORIES.values()
-    )
+    assert all(4 <= len(kind.defects) <= 5 and kind.description.endswith(".") for kind in DEMO_CATEGORIES.values())
 
 
 @pytest.mark.parametrize(
@@ -180,9 +178,7 @@ def test_an_interrupted_rendering_leaves_nothing_that_looks_finished(tmp_path, m
 
 
 def test_two_processes_that_ask_at_once_get_one_rendering(tmp_path):
-    code = (
-        "from hclib.data.demo import render_demo; print(render_demo(categories=['brick'], train=6, test=0))"
-    )
+    code = "from hclib.data.demo import render_demo; print(render_demo(categories=['brick'], train=6, test=0))"
     environment = {**os.environ, "HCLIB_CACHE": str(tmp_path)}
     both = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
@@ -228,9 +224,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written(arguments, message, tm
     ],
 )
 def test_an_image_that_the_set_does_not_have_is_refused(arguments):
-    with pytest.raises(
-        DemoError, match="no demo category 'bolt'|demo category 'gear' has no .*it has train/good, "
-    ):
+    with pytest.raises(DemoError, match="no demo category 'bolt'|demo category 'gear' has no .*it has train/good, "):
         render_image(*arguments)
 
 

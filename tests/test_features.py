@@ -247,9 +247,7 @@ def test_values_beyond_half_precision_are_clipped_counted_and_told(index, tmp_pa
     meta = json.loads(next(tmp_path.glob("*/meta.json")).read_text())
     beyond = sum((np.abs(values.astype(np.float32) * 1e5) > HALF_MAX).sum() for values in exact.maps.values())
     assert meta["clipped"] == pytest.approx(beyond, rel=0.01)
-    assert (
-        np.abs(features.tokens).max() > HALF_MAX or np.isfinite(features.tokens).all()
-    )  # tokens keep float32
+    assert np.abs(features.tokens).max() > HALF_MAX or np.isfinite(features.tokens).all()  # tokens keep float32
 
 
 def test_values_that_are_not_finite_stop_the_extraction(index, tmp_path):
@@ -344,9 +342,7 @@ def embedding_by_definition(layer2, layer3, dim):
     n, _, h, w = layer2.shape
     patches2 = F.unfold(layer2, 3, padding=1).transpose(1, 2)  # (n, h * w, 9 * C2)
     patches3 = F.unfold(layer3, 3, padding=1).unflatten(2, layer3.shape[-2:])  # (n, 9 * C3, h3, w3)
-    patches3 = (
-        F.interpolate(patches3, size=(h, w), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-    )
+    patches3 = F.interpolate(patches3, size=(h, w), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
     pooled = [F.adaptive_avg_pool1d(patches, dim) for patches in (patches2, patches3)]
     return F.adaptive_avg_pool1d(torch.cat(pooled, dim=2), dim).view(n, h, w, dim)
 

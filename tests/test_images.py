@@ -114,9 +114,7 @@ def test_unusable_files_are_named(tmp_path, reader):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif", ".webp"])
 def test_truncated_files_are_errors(tmp_path, suffix):
-    path = saved(
-        tmp_path, Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), f"image{suffix}"
-    )
+    path = saved(tmp_path, Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), f"image{suffix}")
     content = path.read_bytes()
     for share in (0.9, 0.5, 0.02):
         path.write_bytes(content[: int(len(content) * share)])

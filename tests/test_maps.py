@@ -32,9 +32,7 @@ def patches(*shape, seed=0):
 def test_upsample_is_bilinear_interpolation(h, w, height, width, align, seed):
     patch = torch.from_numpy(patches(2, h, w, seed=seed))
     expected = F.interpolate(patch[:, None], (height, width), mode="bilinear", align_corners=align)[:, 0]
-    torch.testing.assert_close(
-        upsample(patch, (height, width), align_corners=align), expected, atol=2e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(upsample(patch, (height, width), align_corners=align), expected, atol=2e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=60)
@@ -47,9 +45,7 @@ def test_smooth_is_scipys_gaussian(height, width, sigma, seed):
 
 def test_upsample_with_sigma_is_interpolation_then_filter(device):
     patch = torch.from_numpy(patches(3, 16, 16)).to(device)
-    expected = (
-        F.interpolate(patch[:, None], (224, 200), mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
-    )
+    expected = F.interpolate(patch[:, None], (224, 200), mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
     expected = np.stack([gaussian_filter(m, 4.0) for m in expected])
     found = upsample(patch, (224, 200), sigma=4.0)
     assert found.device.type == device.type
@@ -118,9 +114,7 @@ def test_scores_travel_to_disk_and_back_bit_for_bit(tmp_path):
     for field in dataclasses.fields(Scores):
         np.testing.assert_array_equal(getattr(back, field.name), getattr(scores, field.name))
     assert (back.patch.dtype, back.image.dtype, back.group.dtype) == (np.float32, np.float32, np.int64)
-    np.testing.assert_array_equal(
-        back.upsample(30), upsample(scores.patch, 30, align_corners=True, sigma=2.5)
-    )
+    np.testing.assert_array_equal(back.upsample(30), upsample(scores.patch, 30, align_corners=True, sigma=2.5))
 
 
 def test_scores_file_of_another_kind_is_refused(tmp_path):

@@ -169,9 +169,7 @@ def list_datasets() -> pd.DataFrame:
     for name, source in SOURCES.items():
         folder = _search(name, None)
         rows.append((name, source.description, str(folder or source.home), folder is not None))
-    rows.append(
-        ("folder", "any directory in MVTec AD's layout, or a CSV file with the index columns", "", True)
-    )
+    rows.append(("folder", "any directory in MVTec AD's layout, or a CSV file with the index columns", "", True))
     return pd.DataFrame(rows, columns=["name", "description", "where", "found"])
 
 
@@ -353,9 +351,7 @@ def _index_frame(
                 raise DatasetError(f"{folder}: no {absent.pop()} images of {category}; complete the copy")
         unmasked = index[(index["split"] == "test") & (index["label"] == 1) & (index["mask_path"] == "")]
         if len(unmasked):
-            raise DatasetError(
-                f"{unmasked['path'].iloc[0]}: this anomalous image has no mask; complete the copy"
-            )
+            raise DatasetError(f"{unmasked['path'].iloc[0]}: this anomalous image has no mask; complete the copy")
     leaked = index[(index["split"] == "train") & (index["label"] == 1)]
     if len(leaked) and not allow_contaminated:
         raise DatasetError(

@@ -88,9 +88,7 @@ DEMO_CATEGORIES: dict[str, DemoCategory] = {
 }
 
 
-def render_image(
-    category: str, split: str, defect: str, number: int, seed: int = 0
-) -> tuple[Array, Array, Array]:
+def render_image(category: str, split: str, defect: str, number: int, seed: int = 0) -> tuple[Array, Array, Array]:
     """Draw one image of the demo set, its mask, and the image as it would be without the defect.
 
     Args:
@@ -160,9 +158,7 @@ def _write_png(path: Path, pixels: Array) -> None:
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(
-        stream, format="PNG", compress_type=zlib.Z_RLE
-    )  # noise has no repeats to look for
+    Image.fromarray(pixels).save(stream, format="PNG", compress_type=zlib.Z_RLE)  # noise has no repeats to look for
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(stream.getvalue())
 

@@ -15,9 +15,7 @@ from functools import cache
 import numpy as np
 
 SIZE = 256
-Y, X = (
-    np.mgrid[0:SIZE, 0:SIZE] - (SIZE - 1) / 2
-)  # pixel centres (SIZE, SIZE), origin in the middle of the image
+Y, X = np.mgrid[0:SIZE, 0:SIZE] - (SIZE - 1) / 2  # pixel centres (SIZE, SIZE), origin in the middle of the image
 
 Array = np.ndarray
 Point = Sequence[float]

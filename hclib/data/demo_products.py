@@ -54,9 +54,7 @@ def _gear_outline(r: Array, theta: Array, flaw: Flaw | None) -> Array:
     if flaw and flaw.kind in ("broken_tooth", "bent_tooth"):
         tooth, side = np.floor(place) == flaw.rng.integers(TEETH), flaw.rng.choice([-1, 1])
         if flaw.kind == "broken_tooth":
-            fracture = (
-                TIP - flaw.between(5, 18) + side * flaw.between(4, 14) * phase + 0.4 * np.sin(phase * 31)
-            )
+            fracture = TIP - flaw.between(5, 18) + side * flaw.between(4, 14) * phase + 0.4 * np.sin(phase * 31)
             tip = np.where(tooth, np.minimum(fracture, TIP), TIP)
         else:
             phase = phase - np.where(tooth, side * flaw.between(0.14, 0.42) * rise, 0)
@@ -84,9 +82,7 @@ def draw_gear(rng: np.random.Generator, split: str, flaw: Flaw | None) -> Array:
     metal, web = cover(solid), cover(np.abs(r - 52) - 21, 4)  # the web is turned 3 px deep
 
     wedge = np.abs(np.cos(np.arctan2(y, x) - light)) ** 6 * np.clip(r / 20, 0, 1)  # a lathe's cut glints so
-    steel = (
-        tone + 0.24 * wedge + 0.013 * np.interp(r, 1.3 * np.arange(100), rings) + 0.008 * grime - 0.06 * web
-    )
+    steel = tone + 0.24 * wedge + 0.013 * np.interp(r, 1.3 * np.arange(100), rings) + 0.008 * grime - 0.06 * web
     steel = steel + relief(2.6 * np.clip(-solid / 3, 0, 1) - 3 * web, light, 0.22)
     body = shade((0.97, 1.0, 1.04), np.clip(steel, 0.05, 1.1))
     if flaw and flaw.kind in ("scratch", "rust"):
@@ -105,9 +101,7 @@ def draw_gear(rng: np.random.Generator, split: str, flaw: Flaw | None) -> Array:
 # ---------------------------------------------------------------------------------------------------- blister
 
 
-def _tablet(
-    image: Array, x: Array, y: Array, turn: float, tint: Array, light: float, flaw: Flaw | None
-) -> Array:
+def _tablet(image: Array, x: Array, y: Array, turn: float, tint: Array, light: float, flaw: Flaw | None) -> Array:
     """Draw one scored tablet; a flaw given here is this tablet's."""
     disc = np.hypot(x, y) - 15.5
     if flaw and flaw.kind == "broken_pill":
@@ -260,15 +254,11 @@ def _component(x: Array, y: Array, part: tuple, light: float) -> tuple[Array, Ar
     bevel = relief(2 * np.clip(-edge / 2, 0, 1), light, 0.12)[..., None]
     if kind == "chip":
         rows = cover(np.maximum(np.abs(np.abs(y) - 4) - 1.6, np.abs(x) - w * 0.55))
-        colour = paint(
-            np.array([0.13, 0.13, 0.14]) + bevel, 0.5 * rows * (np.sin(x * 1.9 + y) > -0.3), [0.6] * 3
-        )
+        colour = paint(np.array([0.13, 0.13, 0.14]) + bevel, 0.5 * rows * (np.sin(x * 1.9 + y) > -0.3), [0.6] * 3)
         return cover(edge), paint(colour, cover(np.hypot(x + w - 6, y - h + 6) - 2.5), (0.22, 0.22, 0.23))
     body: Colour = (0.10, 0.10, 0.11) if kind == "resistor" else (0.62, 0.48, 0.33)
     inward = w - np.abs(x) if w > h else h - np.abs(y)
-    return cover(edge), paint(
-        np.asarray(body) + bevel, cover(inward - 3.5), np.array([0.74, 0.75, 0.76]) + bevel
-    )
+    return cover(edge), paint(np.asarray(body) + bevel, cover(inward - 3.5), np.array([0.74, 0.75, 0.76]) + bevel)
 
 
 def _bare_board(u: Array, v: Array, tint: Array, weave: Array, light: float, flaw: Flaw | None) -> Array:
@@ -314,9 +304,7 @@ def draw_board(rng: np.random.Generator, split: str, flaw: Flaw | None) -> Array
         window = near(*at, max(part[3:]) + 12)
         x, y = turned(X[window] - at[0], Y[window] - at[1], turn)
         for px, py in _pins(part[0], *part[3:]) if part[0] == "chip" else ():
-            image[window] = paint(
-                image[window], cover(box(x - px, y - py, 1.5, 4.0, 0.5)), (0.70, 0.71, 0.72)
-            )
+            image[window] = paint(image[window], cover(box(x - px, y - py, 1.5, 4.0, 0.5)), (0.70, 0.71, 0.72))
         body, colour = _component(x, y, part, light)
         image[window] = paint(shade(image[window], shadow(body, light, 2.5, 0.5)), body, colour + tones[k])
     if kind == "bridge":

@@ -63,18 +63,14 @@ def get(name: str, root: str | Path | None = None) -> Path:
     try:
         found = datasets.locate(name, root)
     except FileNotFoundError:
-        base = Path(
-            root or (data_roots()[0] if os.environ.get("HCLIB_DATA") else cache_dir() / "data")
-        ).absolute()
+        base = Path(root or (data_roots()[0] if os.environ.get("HCLIB_DATA") else cache_dir() / "data")).absolute()
         base.mkdir(parents=True, exist_ok=True)
         found = _get_mtd(base) if name == "mtd" else _get_realmix(base)
     if name == "mtd":
         verify_mtd(found)
     elif (report := datasets.check(name, found))["problem"].any():
         wrong = report[report["problem"] != ""].to_string(index=False)
-        raise DownloadError(
-            f"{found}: image counts differ; remove realmix/ and realmix.csv, fetch again:\n{wrong}"
-        )
+        raise DownloadError(f"{found}: image counts differ; remove realmix/ and realmix.csv, fetch again:\n{wrong}")
     return found
 
 
@@ -111,15 +107,11 @@ def extract(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts or "\\" in member.name:
-                    raise DownloadError(
-                        f"{archive}: {member.name!r} leads out of the archive; nothing of it is used"
-                    )
+                    raise DownloadError(f"{archive}: {member.name!r} leads out of the archive; nothing of it is used")
                 if member.isdir() or not wanted("/".join(path.parts[1:])):
                     continue
                 if not member.isfile():
-                    raise DownloadError(
-                        f"{archive}: {member.name!r} is a link or a device; nothing of it is used"
-                    )
+                    raise DownloadError(f"{archive}: {member.name!r} is a link or a device; nothing of it is used")
                 target = folder.joinpath(*path.parts[1:])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with tar.extractfile(member) as source, target.open("wb") as sink:
@@ -172,6 +164,4 @@ def _fetch(repository: str, commit: str) -> Path:
     try:
         return Path(pooch.retrieve(url, None, fname=name, path=folder, progressbar=True))
     except (OSError, ValueError) as error:  # the errors of requests are OSErrors
-        raise DownloadError(
-            f"{url}: {error}; check the network, or put that file at {folder / name}"
-        ) from error
+        raise DownloadError(f"{url}: {error}; check the network, or put that file at {folder / name}") from error

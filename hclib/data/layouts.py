@@ -97,9 +97,7 @@ def realiad(root: Path) -> list[Row]:
                 for item in content[split]
             ]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{source}: not a Real-IAD split ({error!r}); unpack realiad_jsons again"
-            ) from error
+            raise DatasetError(f"{source}: not a Real-IAD split ({error!r}); unpack realiad_jsons again") from error
         _require_files(part, source)
         rows += part
     return rows
@@ -115,10 +113,7 @@ def mtd(root: Path, seed: int = 0) -> list[Row]:
     normal = [path for path in _images(root / "MT_Free" / "Imgs") if path.suffix.lower() != ".png"]
     names = sorted(path.name for path in normal)
     test = set(random.Random(seed).sample(names, -(-len(names) // 5)))
-    rows = [
-        (path.as_posix(), "", "magnetic_tile", "test" if path.name in test else "train", "good")
-        for path in normal
-    ]
+    rows = [(path.as_posix(), "", "magnetic_tile", "test" if path.name in test else "train", "good") for path in normal]
     for kind in MTD_DEFECTS:
         files = _images(root / f"MT_{kind}" / "Imgs")
         masks = {path.stem: path for path in files if path.suffix.lower() == ".png"}
@@ -126,9 +121,7 @@ def mtd(root: Path, seed: int = 0) -> list[Row]:
             if path.suffix.lower() != ".png":
                 if path.stem not in masks:
                     raise _no_mask(path, path.with_suffix(".png"))
-                rows.append(
-                    (path.as_posix(), masks[path.stem].as_posix(), "magnetic_tile", "test", kind.lower())
-                )
+                rows.append((path.as_posix(), masks[path.stem].as_posix(), "magnetic_tile", "test", kind.lower()))
     return rows
 
 
@@ -155,9 +148,7 @@ def listed(source: Path, base: Path | None = None) -> list[Row]:
     """List a CSV file with the index columns; relative paths start from `base`, or else from its folder."""
     table = _read_csv(source, COLUMNS)
     base = (base or source.parent).absolute()
-    for line, (split, label, defect) in enumerate(
-        zip(table["split"], table["label"], table["defect"], strict=True), 2
-    ):
+    for line, (split, label, defect) in enumerate(zip(table["split"], table["label"], table["defect"], strict=True), 2):
         if split not in ("train", "test") or label not in ("0", "1") or (label == "0") != (defect == "good"):
             raise DatasetError(
                 f"{source}, line {line}: split {split!r}, label {label!r}, defect {defect!r}; split is train "
@@ -172,21 +163,14 @@ def listed(source: Path, base: Path | None = None) -> list[Row]:
 
 
 def _published(root: Path, categories: Iterable[str], good: str = "good") -> list[Row]:
-    return [
-        row
-        for name in categories
-        if (root / name).is_dir()
-        for row in _category(root / name, name, good, True)
-    ]
+    return [row for name in categories if (root / name).is_dir() for row in _category(root / name, name, good, True)]
 
 
 def _category(root: Path, name: str, good: str, need_masks: bool) -> list[Row]:
     """List one category: images by split and defect, each anomalous one with its mask."""
     rows = [(path.as_posix(), "", name, "train", "good") for path in _images(root / "train")]
     if loose := _images(root / "test"):
-        raise DatasetError(
-            f"{loose[0]}: a test image outside a defect folder; move it to test/{good} or test/<defect>"
-        )
+        raise DatasetError(f"{loose[0]}: a test image outside a defect folder; move it to test/{good} or test/<defect>")
     masked = need_masks or (root / "ground_truth").is_dir()
     for split in ("train", "test"):
         for sub in _folders(root / split):
@@ -199,9 +183,7 @@ def _category(root: Path, name: str, good: str, need_masks: bool) -> list[Row]:
                 defect = "good" if normal else sub.name
                 rows.append((path.as_posix(), mask.as_posix() if mask else "", name, split, defect))
     if not rows:
-        raise DatasetError(
-            f"{root}: the category is empty; images belong into train/{good} and test/<defect>"
-        )
+        raise DatasetError(f"{root}: the category is empty; images belong into train/{good} and test/<defect>")
     return rows
 
 
@@ -226,19 +208,13 @@ def _images(root: Path) -> list[Path]:
 def _read_csv(source: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read the named columns of a CSV file as text, empty fields as ""."""
     if not source.is_file():
-        raise FileNotFoundError(
-            f"{source}: no such file; give the path of a CSV with columns {', '.join(columns)}"
-        )
+        raise FileNotFoundError(f"{source}: no such file; give the path of a CSV with columns {', '.join(columns)}")
     try:
         table = pd.read_csv(source, dtype=str, keep_default_na=False)
     except ValueError as error:  # pandas' parser errors are ValueErrors
-        raise DatasetError(
-            f"{source}: cannot be read as CSV ({error}); save it as comma-separated UTF-8"
-        ) from error
+        raise DatasetError(f"{source}: cannot be read as CSV ({error}); save it as comma-separated UTF-8") from error
     if missing := [column for column in columns if column not in table]:
-        raise DatasetError(
-            f"{source}: no column {', '.join(missing)}; the columns needed are {', '.join(columns)}"
-        )
+        raise DatasetError(f"{source}: no column {', '.join(missing)}; the columns needed are {', '.join(columns)}")
     return table[list(columns)]
 
 

@@ -101,9 +101,7 @@ def convert(category: str, raw: Path, made: Path) -> None:
 
 @cache
 def _patterns(category: str) -> frozenset[str]:
-    return frozenset(
-        pattern for entry in entries(category) for pattern in (entry.images, entry.masks) if pattern
-    )
+    return frozenset(pattern for entry in entries(category) for pattern in (entry.images, entry.masks) if pattern)
 
 
 def _only(found: dict[str, dict[str, list[Path]]], pattern: str, name: str) -> Path:

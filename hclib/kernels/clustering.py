@@ -182,9 +182,7 @@ def finch_partitions(
     if n_clusters is None:
         return list(columns.T.astype(np.int64))
     if n_clusters > counts[0]:
-        raise ValueError(
-            f"n_clusters {n_clusters}: FINCH's finest level has {counts[0]} clusters, and it only merges"
-        )
+        raise ValueError(f"n_clusters {n_clusters}: FINCH's finest level has {counts[0]} clusters, and it only merges")
     if n_clusters == 1:
         return [np.zeros(len(tokens), np.int64)]
     return [np.asarray(FINCH(tokens, req_clust=n_clusters, **options)[2], np.int64)]
@@ -286,9 +284,7 @@ def _choose(
         raise ValueError(f"tolerance {tolerance}: the share of the highest silhouette to give up lies in [0, 1)")
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f'metric {metric!r}: choose "euclidean" or "cosine"')
-    partitions = [
-        _in_order_of_appearance(labels) for labels in partitions or [np.zeros(len(tokens), np.int64)]
-    ]
+    partitions = [_in_order_of_appearance(labels) for labels in partitions or [np.zeros(len(tokens), np.int64)]]
     silhouettes = [_silhouette(tokens, labels, metric) for labels in partitions]
     if level is not None and not -len(partitions) <= level < len(partitions):
         counts = [int(labels.max()) + 1 for labels in partitions]
@@ -324,9 +320,7 @@ def _in_order_of_appearance(labels: np.ndarray) -> np.ndarray:
 
 def _means(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the mean token of every label 0..K-1, (K, D) float32."""
-    return np.stack([tokens[labels == k].mean(0, dtype=np.float64) for k in range(labels.max() + 1)]).astype(
-        np.float32
-    )
+    return np.stack([tokens[labels == k].mean(0, dtype=np.float64) for k in range(labels.max() + 1)]).astype(np.float32)
 
 
 def _unit(tokens: np.ndarray) -> np.ndarray:

@@ -65,8 +65,7 @@ def fill(
             maps, tokens = encoder.forward(encoder.normalise(np.concatenate([pixels, padding])))
             store["tokens"][rows] = tokens[: len(pixels)].cpu().numpy()
             written[number] = sum(
-                _write_half(store[layer], rows, values[: len(pixels)], layer, paths)
-                for layer, values in maps.items()
+                _write_half(store[layer], rows, values[: len(pixels)], layer, paths) for layer, values in maps.items()
             )
             if len(written) * chunk >= batch_size:
                 _commit(store, written)
@@ -85,9 +84,7 @@ def _open_store(folder: Path, encoder: Encoder, count: int, chunks: int) -> dict
     needed = sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())
     free = shutil.disk_usage(folder).free
     if needed > free:  # a full disk would kill the process: writing to mapped memory has no error to return
-        raise OSError(
-            errno.ENOSPC, f"the features need {needed >> 20} MiB, {free >> 20} MiB are free", str(folder)
-        )
+        raise OSError(errno.ENOSPC, f"the features need {needed >> 20} MiB, {free >> 20} MiB are free", str(folder))
     store = {
         name: np.lib.format.open_memmap(file.with_suffix(".part"), mode="w+", dtype=kind, shape=shape)
         for (name, (shape, kind)), file in zip(layout.items(), files.values(), strict=True)
@@ -127,9 +124,7 @@ def _write_half(target: np.memmap, rows: slice, values: torch.Tensor, layer: str
     """Write (b, h, w, C) as float16, clipped to its range; return how many values were."""
     largest = float(values.abs().max())
     if not math.isfinite(largest):
-        raise ValueError(
-            f"{layer} is not finite in a chunk from {paths[rows.start]} on: weights or device are broken"
-        )
+        raise ValueError(f"{layer} is not finite in a chunk from {paths[rows.start]} on: weights or device are broken")
     beyond = 0
     if largest > HALF_MAX:
         beyond = int((values.abs() > HALF_MAX).sum())
@@ -151,9 +146,7 @@ def _commit(store: dict[str, np.memmap], written: dict[int, int]) -> None:
 
 def _finish(folder: Path, settings: dict[str, Any], clipped: int) -> None:
     if clipped:
-        warnings.warn(
-            f"{clipped} feature values beyond {HALF_MAX:.0f} were clipped to fit float16", stacklevel=5
-        )
+        warnings.warn(f"{clipped} feature values beyond {HALF_MAX:.0f} were clipped to fit float16", stacklevel=5)
     aside = folder / "meta.json.part"
     aside.write_text(json.dumps(settings | {"clipped": clipped, "torch": torch.__version__}, indent=1))
     os.replace(aside, folder / "meta.json")

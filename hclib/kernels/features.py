@@ -212,9 +212,7 @@ def _hash_file(path: str) -> str:
         ) from error
 
 
-def local_patches(
-    features: Features, rows: Any = slice(None), *, dim: int = 1024, patch_size: int = 3
-) -> torch.Tensor:
+def local_patches(features: Features, rows: Any = slice(None), *, dim: int = 1024, patch_size: int = 3) -> torch.Tensor:
     """Return the patch vectors that nearest-neighbour detectors compare.
 
     Two layers of a CNN pyramid become PatchCore's embedding (`patchcore_embedding`, neighbourhood 3). Layers

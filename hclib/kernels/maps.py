@@ -51,9 +51,7 @@ class Scores:
                 )
             if not np.isfinite(array).all():
                 row = int(np.argwhere(~np.isfinite(array))[0][0])
-                raise ValueError(
-                    f"{name}: row {row} is not finite; the detector gave no score for that image"
-                )
+                raise ValueError(f"{name}: row {row} is not finite; the detector gave no score for that image")
             object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
@@ -89,9 +87,7 @@ class Scores:
         return cls(*arrays, json.loads(meta["sigma"]), json.loads(meta["align_corners"]))
 
 
-def upsample(
-    patch: Array, size: int | tuple[int, int], *, align_corners: bool = False, sigma: float = 0.0
-) -> Array:
+def upsample(patch: Array, size: int | tuple[int, int], *, align_corners: bool = False, sigma: float = 0.0) -> Array:
     """Interpolate patch scores bilinearly to pixels, then smooth with a Gaussian.
 
     Args:
@@ -187,9 +183,7 @@ def _tensor(maps: np.ndarray | torch.Tensor) -> torch.Tensor:
 def _check(maps: np.ndarray | torch.Tensor, sigma: float) -> torch.Tensor:
     values = _tensor(maps)
     if values.ndim != 3 or 0 in values.shape[1:] or not values.is_floating_point():
-        raise ValueError(
-            f"maps: shape {tuple(values.shape)}, {values.dtype}; expected (N, h, w) floating point"
-        )
+        raise ValueError(f"maps: shape {tuple(values.shape)}, {values.dtype}; expected (N, h, w) floating point")
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma {sigma}: a standard deviation in pixels is 0 or more")
     return values

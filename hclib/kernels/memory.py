@@ -37,9 +37,7 @@ class MemoryBank:
         ValueError: `points` has another shape, is empty or not finite, or the engine cannot use the device.
     """
 
-    def __init__(
-        self, points: torch.Tensor, device: str | torch.device = "auto", *, engine: str = "auto"
-    ) -> None:
+    def __init__(self, points: torch.Tensor, device: str | torch.device = "auto", *, engine: str = "auto") -> None:
         self.device = resolve_device(device)
         points = torch.as_tensor(points)
         if points.ndim != 2 or 0 in points.shape or not points.is_floating_point():
@@ -75,9 +73,7 @@ class MemoryBank:
         queries = torch.as_tensor(queries)
         if queries.ndim != 2 or queries.shape[1] != self.points.shape[1] or not queries.is_floating_point():
             shape = f"{tuple(queries.shape)}, {queries.dtype}"
-            raise ValueError(
-                f"queries: shape {shape}; the bank compares (Q, {self.points.shape[1]}) floating point"
-            )
+            raise ValueError(f"queries: shape {shape}; the bank compares (Q, {self.points.shape[1]}) floating point")
         if not 1 <= k <= len(self):
             raise ValueError(f"k = {k}: must lie between 1 and the {len(self)} vectors of the bank")
         if self.engine == "torch":
@@ -100,9 +96,7 @@ class MemoryBank:
         save_file({"points": self.points.cpu()}, path, metadata={"kind": "memory bank"})
 
     @classmethod
-    def load(
-        cls, path: str | PathLike, device: str | torch.device = "auto", *, engine: str = "auto"
-    ) -> MemoryBank:
+    def load(cls, path: str | PathLike, device: str | torch.device = "auto", *, engine: str = "auto") -> MemoryBank:
         """Read a bank that `save` wrote.
 
         Raises:
@@ -140,7 +134,5 @@ def _choose_engine(engine: str, device: torch.device) -> str:
     if engine not in ("faiss", "torch"):
         raise ValueError(f'engine {engine!r}: choose "faiss", "torch" or "auto"')
     if engine == "faiss" and not usable:
-        raise ValueError(
-            f'engine "faiss" cannot use {device}: install the GPU build of FAISS or choose "torch"'
-        )
+        raise ValueError(f'engine "faiss" cannot use {device}: install the GPU build of FAISS or choose "torch"')
     return engine

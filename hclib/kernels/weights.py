@@ -77,9 +77,7 @@ def dinov2_from_onnx(content: bytes) -> dict[str, np.ndarray]:
     try:
         return _rename_dinov2(constants)
     except KeyError as error:
-        raise WeightsError(
-            f"the ONNX graph has no tensor for {error}: not the DINOv2 export meant here"
-        ) from error
+        raise WeightsError(f"the ONNX graph has no tensor for {error}: not the DINOv2 export meant here") from error
 
 
 def _rename_dinov2(constants: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -126,13 +124,10 @@ def lite0_from_pth(content: bytes) -> dict[str, np.ndarray]:
     with torch.device("meta"):
         target = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     found, meant = (
-        [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in state.items()]
-        for state in (source, target)
+        [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in state.items()] for state in (source, target)
     )
     if found != meant:
-        raise WeightsError(
-            "the tensors do not have the shapes and kinds of EfficientNet-Lite0 in timm's order"
-        )
+        raise WeightsError("the tensors do not have the shapes and kinds of EfficientNet-Lite0 in timm's order")
     return {name: tensor.numpy() for name, tensor in zip(target, source.values(), strict=True)}
 
 

@@ -74,6 +74,10 @@ def contact_sheet(index: pd.DataFrame, *, columns: int = 8, size: int = 128, see
     hidden = sorted(index.loc[~allowed, "category"].unique())
     shown = index[allowed & (index["split"] == "test")]
     categories = sorted(shown["category"].unique())
+    if not categories:
+        figure = plt.figure(figsize=(7.0, 0.4))
+        figure.text(0, 0.4, "not shown (licence): " + ", ".join(hidden), fontsize=8)
+        return figure
     figure, axes = plt.subplots(
         len(categories), columns, figsize=(7.0, 7.0 / columns * len(categories) + 0.3), squeeze=False
     )

@@ -124,7 +124,7 @@ def rule_verdicts(
         report.claim(
             "finer-level-is-safer",
             "Taking the finest level within 15 % of the best silhouette merges classes less often.",
-            bool(merged[safer] < merged[paper]),
+            bool(merged[safer] < merged[paper]) if merged.max() > 0 else None,
             f"Over {draws}: {merged[safer]:.0%} instead of {merged[paper]:.0%}, with {extra[safer]:.2f} instead of "
             f"{extra[paper]:.2f} groups per class.",
             source="this book's own",

@@ -96,6 +96,22 @@ def beside_paper(results: pd.DataFrame, dataset: str) -> pd.DataFrame:
     return wide.sort_index().round(1)
 
 
+def trivial_f1(results: pd.DataFrame) -> pd.DataFrame:
+    """Return, per category, the image F1 (percent) of calling every image anomalous beside what the methods reach.
+
+    Args:
+        results: Records of `label_scenario`; banks trained without labels are shown, means over seeds.
+    """
+    rows = results[(results["level"] == "image") & (results["thresholds"] == "class") & (results["category"] != "mean")]
+    counts = rows.groupby("category")[["n_anomalous", "n_normal"]].first()
+    share = 2 * counts["n_anomalous"] / (2 * counts["n_anomalous"] + counts["n_normal"])
+    reached = scenario_f1(results).query("train_labels == 'unknown' and level == 'image' and category != 'mean'")
+    reached = reached.groupby(["method", "category"])["unknown"].mean().unstack("method")
+    table = reached.rename(columns="{}, unknown".format)
+    table.insert(0, "all anomalous", share * 100)
+    return table.round(1)
+
+
 def threshold_shift(results: pd.DataFrame) -> pd.DataFrame:
     """Return, per category and level, the own and the global best threshold of one bank and what the latter costs.
 

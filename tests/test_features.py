@@ -94,7 +94,7 @@ def test_stored_bytes_do_not_depend_on_batch_size(index, tmp_path, batch_size):
     encoder = TinyEncoder()
     extract(encoder, index, batch_size=batch_size, cache=tmp_path / "other", progress=False)
     assert stored(tmp_path / "default") == stored(tmp_path / "other")
-    assert encoder.batches == [1, *[CHUNK["cpu"]] * 3]  # one look at the shapes, then whole chunks only
+    assert encoder.batches == [CHUNK["cpu"]] * 3
 
 
 def test_second_call_reuses_and_a_changed_byte_rebuilds(index, tmp_path):
@@ -145,7 +145,7 @@ def test_the_same_images_are_encoded_once_whatever_their_order_place_and_number(
     assert encoder.batches == []
     Image.new("RGB", (9, 9)).save(moved["path"][0])
     extract(encoder, moved.iloc[:2], cache=cache, progress=False)  # one of the two is new: both are encoded
-    assert encoder.batches == [1, CHUNK["cpu"]]
+    assert encoder.batches == [CHUNK["cpu"]]
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 2])
@@ -155,7 +155,7 @@ def test_interrupted_extraction_resumes(index, tmp_path, survivors):
     forward = encoder.forward
 
     def interrupted(batch):
-        if len(encoder.batches) == 1 + survivors:
+        if len(encoder.batches) == survivors:
             raise KeyboardInterrupt
         return forward(batch)
 
@@ -165,7 +165,7 @@ def test_interrupted_extraction_resumes(index, tmp_path, survivors):
     assert not list((tmp_path / "cut").glob("*/meta.json"))
     fresh = TinyEncoder()
     extract(fresh, index, batch_size=8, cache=tmp_path / "cut", progress=False)
-    assert len(fresh.batches) == 1 + 3 - survivors
+    assert len(fresh.batches) == 3 - survivors
     assert stored(tmp_path / "whole") == stored(tmp_path / "cut")
 
 
@@ -196,7 +196,7 @@ def test_two_askers_work_once(index, tmp_path):
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert sorted(len(encoder.batches) for encoder in encoders) == [0, 4]
+    assert sorted(len(encoder.batches) for encoder in encoders) == [0, 3]
     assert np.array_equal(results[0].maps["coarse"], results[1].maps["coarse"])
 
 

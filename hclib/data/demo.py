@@ -53,13 +53,13 @@ DEMO_CATEGORIES: dict[str, DemoCategory] = {
         "A blister pack of twelve scored tablets (rendered).",
         ("broken_pill", "fibre", "missing_pill", "tear", "wrong_colour"),
         demo_products.draw_blister,
-        (0.2, 1.0),
+        (0.3, 1.0),
     ),
     "board": DemoCategory(
         "A populated circuit board, always the same layout (rendered).",
         ("bridge", "misprint", "missing_part", "scratch", "turned_part"),
         demo_products.draw_board,
-        (0.35, 1.0),
+        (0.5, 1.0),
     ),
     "brick": DemoCategory(
         "A brick wall (photograph, straightened and tinted).",
@@ -71,7 +71,7 @@ DEMO_CATEGORIES: dict[str, DemoCategory] = {
         "A turned steel gear in any rotation (rendered).",
         ("bent_tooth", "broken_tooth", "extra_hole", "rust", "scratch"),
         demo_products.draw_gear,
-        (0.4, 1.0),
+        (0.55, 1.0),
     ),
     "grass": DemoCategory(
         "A lawn with clover (photograph, tinted).",

@@ -36,7 +36,7 @@ from hclib.data.demo_parts import (
 def _scratch(image: Array, flaw: Flaw, middle: Point, light: float, length: float) -> Array:
     """Cut a scratch: a bright burr beside a dark groove."""
     line = wander(flaw.rng, middle, length, 0.15)
-    width, depth = flaw.between(0.5, 1.3), flaw.between(0.14, 0.45)
+    width, depth = flaw.between(0.5, 1.5), flaw.between(0.14, 0.5)
     burr = line - 1.2 * np.array([np.cos(light), np.sin(light)])
     cut = cover(path_distance(burr) - width) - cover(path_distance(line) - width)
     return image + depth * cut[..., None]
@@ -314,5 +314,5 @@ def draw_board(rng: np.random.Generator, split: str, flaw: Flaw | None) -> Array
         solder = cover(drop - flaw.between(2.5, 6.5), 1.5)
         image = paint(image, solder, (0.80 + relief(2 * solder, light, 0.2))[..., None])
     if kind == "scratch":
-        image = _scratch(image, flaw, flaw.spot(80), light, flaw.between(20, 74))
+        image = _scratch(image, flaw, flaw.spot(70), light, flaw.between(24, 90))
     return exposed(image, rng)

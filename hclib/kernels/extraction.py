@@ -54,8 +54,8 @@ def fill(
         OSError: less free space than the features need.
     """
     chunk, count = settings["chunk"], len(paths)
-    store = _open_store(folder, encoder, count, -(-count // chunk))
-    todo = np.flatnonzero(store["clipped"] < 0).tolist()  # chunks that are not on disk yet
+    store = _resume(folder, encoder)
+    todo = list(range(-(-count // chunk))) if store is None else np.flatnonzero(store["clipped"] < 0).tolist()
     finished = count - sum(min(chunk, count - number * chunk) for number in todo)
     written: dict[int, int] = {}
     with tqdm(total=count, initial=finished, unit="image", desc=encoder.name, disable=not progress) as bar:
@@ -63,6 +63,8 @@ def fill(
             rows = slice(number * chunk, number * chunk + len(pixels))
             padding = np.zeros((chunk - len(pixels), *pixels.shape[1:]), np.uint8)
             maps, tokens = encoder.forward(encoder.normalise(np.concatenate([pixels, padding])))
+            if store is None:
+                store = _create(folder, maps, tokens, count, len(todo))
             store["tokens"][rows] = tokens[: len(pixels)].cpu().numpy()
             written[number] = sum(
                 _write_half(store[layer], rows, values[: len(pixels)], layer, paths) for layer, values in maps.items()
@@ -74,33 +76,36 @@ def fill(
     _finish(folder, settings, int(store["clipped"].sum()))
 
 
-def _open_store(folder: Path, encoder: Encoder, count: int, chunks: int) -> dict[str, np.memmap]:
-    layout = _layout(encoder, count) | {"clipped": ((chunks,), np.dtype(np.int64))}
-    files = {name: folder / f"{name}.npy" for name in layout}
-    if all(file.is_file() for file in files.values()):
-        return {name: np.lib.format.open_memmap(file, mode="r+") for name, file in files.items()}
+def _resume(folder: Path, encoder: Encoder) -> dict[str, np.memmap] | None:
+    files = {name: folder / f"{name}.npy" for name in (*encoder.layers, "tokens", "clipped")}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    return {name: np.lib.format.open_memmap(file, mode="r+") for name, file in files.items()}
+
+
+def _create(
+    folder: Path, maps: dict[str, torch.Tensor], tokens: torch.Tensor, count: int, chunks: int
+) -> dict[str, np.memmap]:
+    """Make empty files for `count` images in the shapes of a first result."""
+    layout = {layer: ((count, *values.shape[1:]), np.dtype(np.float16)) for layer, values in maps.items()}
+    layout["tokens"] = (count, tokens.shape[1]), np.dtype(np.float32)
+    layout["clipped"] = (chunks,), np.dtype(np.int64)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     needed = sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())
     free = shutil.disk_usage(folder).free
     if needed > free:  # a full disk would kill the process: writing to mapped memory has no error to return
-        raise OSError(errno.ENOSPC, f"the features need {needed >> 20} MiB, {free >> 20} MiB are free", str(folder))
+        reason = f"the features need {needed >> 20} MiB, {free >> 20} MiB are free"
+        raise OSError(errno.ENOSPC, reason, str(folder))
     store = {
-        name: np.lib.format.open_memmap(file.with_suffix(".part"), mode="w+", dtype=kind, shape=shape)
-        for (name, (shape, kind)), file in zip(layout.items(), files.values(), strict=True)
+        name: np.lib.format.open_memmap(folder / f"{name}.part", mode="w+", dtype=kind, shape=shape)
+        for name, (shape, kind) in layout.items()
     }
     store["clipped"][:] = -1  # once written: how many values of the chunk were clipped
     store["clipped"].flush()
-    for file in files.values():
-        os.replace(file.with_suffix(".part"), file)
+    for name in layout:
+        os.replace(folder / f"{name}.part", folder / f"{name}.npy")
     return store
-
-
-def _layout(encoder: Encoder, count: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    side = encoder.image_size
-    maps, tokens = encoder.forward(torch.zeros(1, 3, side, side, device=encoder.device))
-    shapes = {layer: ((count, *values.shape[1:]), np.dtype(np.float16)) for layer, values in maps.items()}
-    return shapes | {"tokens": ((count, tokens.shape[1]), np.dtype(np.float32))}
 
 
 def _decoded(

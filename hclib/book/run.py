@@ -151,13 +151,13 @@ def _select(profile: str, only: list[str] | None) -> list[str]:
 
 
 def _key(source: Path, values: dict) -> str:
-    """Hash what an executed notebook depends on: its text, parameters, hclib and the Records of its profile."""
+    """Hash what an executed notebook depends on: its text, parameters, hclib and the Records it may read."""
     digest = hashlib.sha256(source.read_bytes())
     digest.update(json.dumps(values, sort_keys=True).encode())
     digest.update(source_hash(rooms=("data", "kernels", "methods", "evaluation", "book")).encode())
-    folder = paths.records_dir() / str(values.get("profile", ""))
-    for path in sorted(folder.glob("*.jsonl")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for profile in values.get("profiles", [values.get("profile", "")]):
+        for path in sorted((paths.records_dir() / str(profile)).glob("*.jsonl")):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 

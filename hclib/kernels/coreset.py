@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hclib.kernels.distances import CHUNK, full_precision, row_minimum
+from hclib.kernels.distances import CHUNK, centre_of, full_precision, nearest, row_minimum
 
 REFRESH = 512  # points refreshed in a round, at least
 WORK = 1 << 18  # distances evaluated in a round, about: early rounds refresh more points
@@ -37,11 +37,15 @@ GROUP = 512  # points in a group, about
 WAIT = 32  # new centres that a group collects before it looks at them
 NEIGHBORHOOD = 4  # groups that a new centre is shown to
 ROUNDING = 2.0**-17  # of a squared distance from a float32 product, relative to the largest squared norm
-DOUBLE_BELOW = 1024  # float32 products are too coarse where the squared radius is less than this many roundings
+DOUBLE_BELOW = (
+    1024  # float32 products are too coarse where the squared radius is less than this many roundings
+)
 NARROW = 16  # channels up to which products are always in double precision
 
 
-def greedy_coreset(points: torch.Tensor, size: int, first: int = 0, *, progress: bool = False) -> torch.Tensor:
+def greedy_coreset(
+    points: torch.Tensor, size: int, first: int = 0, *, progress: bool = False
+) -> torch.Tensor:
     """Choose points by exact farthest-first traversal in L2, starting with `first`.
 
     Every next pick is the point farthest from all picks before it. Distances are compared in double precision
@@ -64,7 +68,9 @@ def greedy_coreset(points: torch.Tensor, size: int, first: int = 0, *, progress:
     """
     points = torch.as_tensor(points)
     if points.ndim != 2 or 0 in points.shape or not points.is_floating_point():
-        raise ValueError(f"points: shape {tuple(points.shape)}, {points.dtype}; expected (P, C) floating point")
+        raise ValueError(
+            f"points: shape {tuple(points.shape)}, {points.dtype}; expected (P, C) floating point"
+        )
     if not 1 <= size <= len(points):
         raise ValueError(f"size {size}: must lie between 1 and the {len(points)} points")
     if not 0 <= first < len(points):
@@ -112,13 +118,13 @@ class _State:
 
 
 def _start(points: torch.Tensor, size: int, first: int) -> _State:
-    mean = points.mean(0)
+    mean = centre_of(points)
     groups, label = _group(points, mean, len(points) // GROUP if size > 4 * WAIT else 1)
     order = label.argsort(stable=True)
     rows = points[order].sub_(mean)
     norms = torch.linalg.vecdot(rows, rows)
     if not torch.isfinite(norms).all():
-        bad = int(order[(~torch.isfinite(norms)).nonzero()[0, 0]])
+        bad = int(order[~torch.isfinite(norms)].min())
         raise ValueError(f"points: row {bad} holds NaN, infinity or values too large to square")
     padded = -(-size // CHUNK) * CHUNK
     state = _State(
@@ -149,7 +155,9 @@ def _start(points: torch.Tensor, size: int, first: int) -> _State:
 def _group(points: torch.Tensor, mean: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return centroids (G, C) and every point's nearest (P,): a few Lloyd steps on a fixed sample."""
     if count < 2:
-        return points.new_zeros(1, points.shape[1]), torch.zeros(len(points), dtype=torch.int64, device=points.device)
+        return points.new_zeros(1, points.shape[1]), torch.zeros(
+            len(points), dtype=torch.int64, device=points.device
+        )
     sample = points[torch.linspace(0, len(points) - 1, min(len(points), 8 * count)).long()] - mean
     centroids = sample[:: len(sample) // count][:count].clone()
     for _ in range(4):
@@ -315,7 +323,9 @@ def _add_centres(state: _State, rows: torch.Tensor) -> None:
     _set_centres(state, places)
     if len(state.groups) == 1:
         return
-    distance = torch.addmm(torch.linalg.vecdot(state.groups, state.groups), state.rows[rows], state.groups.T, alpha=-2)
+    distance = torch.addmm(
+        torch.linalg.vecdot(state.groups, state.groups), state.rows[rows], state.groups.T, alpha=-2
+    )
     near = distance.topk(min(NEIGHBORHOOD, len(state.groups)), dim=1, largest=False).indices.tolist()
     for centre, groups in zip(range(places.start, places.stop), near, strict=True):
         for group in groups:
@@ -391,6 +401,4 @@ def covering_radius(points: torch.Tensor, chosen: torch.Tensor) -> float:
     Returns:
         The radius, in L2.
     """
-    from hclib.kernels.distances import nearest
-
     return float(nearest(points, points[chosen])[0].max())

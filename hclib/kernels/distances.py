@@ -36,7 +36,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         raise ValueError(f"device {device!r}: not a device; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
-        raise ValueError(f"device {device!r}: this machine has {count} usable CUDA devices; use 'auto' or 'cpu'")
+        raise ValueError(
+            f"device {device!r}: this machine has {count} usable CUDA devices; use 'auto' or 'cpu'"
+        )
     return resolved
 
 
@@ -87,7 +89,9 @@ def pair_distances(queries: torch.Tensor, bank: torch.Tensor, indices: torch.Ten
     return result
 
 
-def patch_to_image(queries: torch.Tensor, references: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def patch_to_image(
+    queries: torch.Tensor, references: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Measure how far every query patch is from its nearest patch in each reference image, in L2.
 
     Works in blocks of images (about 100 MB on a CPU, 1 GB on CUDA), so half-precision or memory-mapped arrays
@@ -115,10 +119,10 @@ def patch_to_image(queries: torch.Tensor, references: torch.Tensor, *, out: torc
         out = torch.empty(shape, dtype=torch.float32, device=queries.device)
     elif out.shape != shape:
         raise ValueError(f"out: shape {tuple(out.shape)}; the result has shape {shape}")
-    rows, columns = (16384, 8192) if queries.device.type == "cuda" else (4096, 2048)
+    rows, columns = _image_block(queries.device)
     high, wide = max(1, rows // max(1, shape[1])), max(1, columns // references.shape[1])
     with torch.no_grad(), full_precision(queries.device):
-        centre = _mean(references.reshape(-1, references.shape[2]))
+        centre = centre_of(references[:64].flatten(0, 1))
         for top in range(0, len(queries), high):
             left = _ImageBlock(queries, slice(top, top + high), centre, "queries")
             for start in range(top if same else 0, len(references), wide):
@@ -127,7 +131,9 @@ def patch_to_image(queries: torch.Tensor, references: torch.Tensor, *, out: torc
                 out[left.images, :, right.images] = _settle_minima(squared.amin(3), squared, left, right)
                 if same:
                     back = squared.amin(1).permute(1, 2, 0)  # (wide, R, high)
-                    out[right.images, :, left.images] = _settle_minima(back, squared.permute(2, 3, 0, 1), right, left)
+                    out[right.images, :, left.images] = _settle_minima(
+                        back, squared.permute(2, 3, 0, 1), right, left
+                    )
     return out
 
 
@@ -155,7 +161,9 @@ def _pairwise(left: _ImageBlock, right: _ImageBlock) -> torch.Tensor:
     return squared.view(*left.norms.shape, *right.norms.shape)
 
 
-def _settle_minima(least: torch.Tensor, squared: torch.Tensor, left: _ImageBlock, right: _ImageBlock) -> torch.Tensor:
+def _settle_minima(
+    least: torch.Tensor, squared: torch.Tensor, left: _ImageBlock, right: _ImageBlock
+) -> torch.Tensor:
     """Return the square roots of `least` (n_left, P, n_right), small ones directly from four candidates."""
     near = least <= NEAR * (left.norms[:, :, None] + right.norms.amax(1))
     for part in near.nonzero().split(4096):
@@ -170,7 +178,7 @@ def _candidates(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the `keep` smallest approximate squared distances (Q, keep), their indices, the largest norm."""
     rows, columns = _block_shape(queries.device, len(bank))
-    centre = _mean(bank)
+    centre = centre_of(bank)
     best = queries.new_full((len(queries), keep), torch.inf, dtype=torch.float32)
     indices = torch.zeros((len(queries), keep), dtype=torch.int64, device=queries.device)
     product = torch.empty(min(rows, len(queries)), columns, device=queries.device)
@@ -191,6 +199,25 @@ def _candidates(
             best[found], order = merged.topk(keep, dim=1, largest=False)
             indices[found] = torch.cat([indices[found], columns_found + start], 1).gather(1, order)
     return best, indices, largest
+
+
+def centre_of(vectors: torch.Tensor, rows: int = 65536) -> torch.Tensor:
+    """Return the mean vector, block by block: a memory-mapped or half-precision array stays where it is.
+
+    Channels that broken values spoil are left at 0, so that a check of the centred vectors finds the culprit.
+
+    Args:
+        vectors: (M, C) floating point.
+        rows: vectors converted at a time.
+
+    Returns:
+        (C,) float32.
+    """
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    for start in range(0, len(vectors), rows):
+        total += vectors[start : start + rows].float().sum(0)
+    mean = (total / len(vectors)).float()
+    return torch.where(mean.abs() < 1e15, mean, torch.zeros_like(mean))
 
 
 def row_minimum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,7 +278,9 @@ def _vectors(array: torch.Tensor, name: str, dims: int) -> torch.Tensor:
     tensor = torch.as_tensor(array)
     if tensor.ndim != dims or 0 in tensor.shape[-1:]:
         expected = "(rows, channels)" if dims == 2 else "(images, patches, channels)"
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; expected {expected} with at least one channel")
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)}; expected {expected} with at least one channel"
+        )
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: dtype {tensor.dtype}; expected floating point, convert it with .float()")
     return tensor
@@ -259,11 +288,15 @@ def _vectors(array: torch.Tensor, name: str, dims: int) -> torch.Tensor:
 
 def _comparable(queries: torch.Tensor, bank: torch.Tensor, name: str = "bank") -> None:
     if queries.shape[-1] != bank.shape[-1]:
-        raise ValueError(f"queries have {queries.shape[-1]} channels, {name} has {bank.shape[-1]}: they must agree")
+        raise ValueError(
+            f"queries have {queries.shape[-1]} channels, {name} has {bank.shape[-1]}: they must agree"
+        )
     if queries.device != bank.device:
         raise ValueError(f"queries are on {queries.device}, {name} is on {bank.device}: move one of them")
     if 0 in bank.shape:
-        raise ValueError(f"{name}: shape {tuple(bank.shape)} holds no vectors; there is nothing to compare with")
+        raise ValueError(
+            f"{name}: shape {tuple(bank.shape)} holds no vectors; there is nothing to compare with"
+        )
 
 
 def _block_shape(device: torch.device, bank_size: int) -> tuple[int, int]:
@@ -272,12 +305,9 @@ def _block_shape(device: torch.device, bank_size: int) -> tuple[int, int]:
     return rows, min(columns, -(-bank_size // CHUNK) * CHUNK)
 
 
-def _mean(vectors: torch.Tensor, rows: int = 65536) -> torch.Tensor:
-    """Return the mean (C,) in float32, block by block: a memory-mapped bank stays where it is."""
-    total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    for start in range(0, len(vectors), rows):
-        total += vectors[start : start + rows].float().sum(0)
-    return torch.nan_to_num(total / len(vectors)).float()
+def _image_block(device: torch.device) -> tuple[int, int]:
+    """Return (query patches, reference patches) of one block of `patch_to_image`."""
+    return (16384, 8192) if device.type == "cuda" else (4096, 2048)
 
 
 def _centred(
@@ -288,7 +318,9 @@ def _centred(
     norms = torch.linalg.vecdot(block, block)
     if not torch.isfinite(norms).all():
         row = start + int((~torch.isfinite(norms)).nonzero()[0])
-        raise ValueError(f"{name}: vector {row} holds NaN, infinity or values too large to square; remove or fix it")
+        raise ValueError(
+            f"{name}: vector {row} holds NaN, infinity or values too large to square; remove or fix it"
+        )
     return block, norms
 
 

@@ -1,6 +1,7 @@
 """Detectors: fit(train, labels) and score(test, labels) on Features."""
 
 from hclib.methods.hiercore import HierCore
+from hclib.methods.musc import MuSc
 from hclib.methods.patchcore import PatchCore
 
-__all__ = ["HierCore", "PatchCore"]
+__all__ = ["HierCore", "MuSc", "PatchCore"]

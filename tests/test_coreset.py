@@ -49,9 +49,7 @@ def clustered(count, channels, seed=0, groups=60, inner=12):
     label = torch.randint(groups, (count,), generator=rng)
     plane = torch.randn(groups, inner, channels, generator=rng) / inner**0.5
     inside = torch.randn(count, 1, inner, generator=rng)
-    points = torch.randn(groups, channels, generator=rng)[label] + 0.1 * torch.randn(
-        count, channels, generator=rng
-    )
+    points = torch.randn(groups, channels, generator=rng)[label] + 0.1 * torch.randn(count, channels, generator=rng)
     for k in range(groups):
         points[label == k] += (inside[label == k] @ plane[k])[:, 0]
     return points
@@ -102,9 +100,7 @@ def test_many_points_with_groups_and_several_rounds(channels, monkeypatch):
 
 
 def test_more_ties_than_contenders():
-    grid = torch.stack(torch.meshgrid(*[torch.arange(12.0)] * 3, indexing="ij"), 3).reshape(
-        -1, 3
-    )  # 1728 points
+    grid = torch.stack(torch.meshgrid(*[torch.arange(12.0)] * 3, indexing="ij"), 3).reshape(-1, 3)  # 1728 points
     picks = greedy_coreset(grid, 300)
     assert torch.equal(picks, plain_loop(grid, 300))
     narrow = greedy_coreset(torch.cat([grid, torch.zeros(len(grid), 20)], 1), 300)

@@ -149,9 +149,7 @@ def test_patch_to_image_writes_into_what_it_is_given(tmp_path):
     target = np.lib.format.open_memmap(tmp_path / "d.npy", mode="w+", dtype=np.float32, shape=(4, 6, 4))
     result = patch_to_image(images, images, out=torch.from_numpy(target))
     assert result.data_ptr() == torch.from_numpy(target).data_ptr()
-    torch.testing.assert_close(
-        torch.from_numpy(target.copy()), brute_images(images.float(), images.float()).float()
-    )
+    torch.testing.assert_close(torch.from_numpy(target.copy()), brute_images(images.float(), images.float()).float())
     with pytest.raises(ValueError, match="out"):
         patch_to_image(images, images, out=torch.empty(4, 6, 5))
 

@@ -37,15 +37,11 @@ GROUP = 512  # points in a group, about
 WAIT = 32  # new centres that a group collects before it looks at them
 NEIGHBORHOOD = 4  # groups that a new centre is shown to
 ROUNDING = 2.0**-17  # of a squared distance from a float32 product, relative to the largest squared norm
-DOUBLE_BELOW = (
-    1024  # float32 products are too coarse where the squared radius is less than this many roundings
-)
+DOUBLE_BELOW = 1024  # float32 products are too coarse where the squared radius is less than this many roundings
 NARROW = 16  # channels up to which products are always in double precision
 
 
-def greedy_coreset(
-    points: torch.Tensor, size: int, first: int = 0, *, progress: bool = False
-) -> torch.Tensor:
+def greedy_coreset(points: torch.Tensor, size: int, first: int = 0, *, progress: bool = False) -> torch.Tensor:
     """Choose points by exact farthest-first traversal in L2, starting with `first`.
 
     Every next pick is the point farthest from all picks before it. Distances are compared in double precision
@@ -68,9 +64,7 @@ def greedy_coreset(
     """
     points = torch.as_tensor(points)
     if points.ndim != 2 or 0 in points.shape or not points.is_floating_point():
-        raise ValueError(
-            f"points: shape {tuple(points.shape)}, {points.dtype}; expected (P, C) floating point"
-        )
+        raise ValueError(f"points: shape {tuple(points.shape)}, {points.dtype}; expected (P, C) floating point")
     if not 1 <= size <= len(points):
         raise ValueError(f"size {size}: must lie between 1 and the {len(points)} points")
     if not 0 <= first < len(points):
@@ -155,9 +149,7 @@ def _start(points: torch.Tensor, size: int, first: int) -> _State:
 def _group(points: torch.Tensor, mean: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return centroids (G, C) and every point's nearest (P,): a few Lloyd steps on a fixed sample."""
     if count < 2:
-        return points.new_zeros(1, points.shape[1]), torch.zeros(
-            len(points), dtype=torch.int64, device=points.device
-        )
+        return points.new_zeros(1, points.shape[1]), torch.zeros(len(points), dtype=torch.int64, device=points.device)
     sample = points[torch.linspace(0, len(points) - 1, min(len(points), 8 * count)).long()] - mean
     centroids = sample[:: len(sample) // count][:count].clone()
     for _ in range(4):
@@ -323,9 +315,7 @@ def _add_centres(state: _State, rows: torch.Tensor) -> None:
     _set_centres(state, places)
     if len(state.groups) == 1:
         return
-    distance = torch.addmm(
-        torch.linalg.vecdot(state.groups, state.groups), state.rows[rows], state.groups.T, alpha=-2
-    )
+    distance = torch.addmm(torch.linalg.vecdot(state.groups, state.groups), state.rows[rows], state.groups.T, alpha=-2)
     near = distance.topk(min(NEIGHBORHOOD, len(state.groups)), dim=1, largest=False).indices.tolist()
     for centre, groups in zip(range(places.start, places.stop), near, strict=True):
         for group in groups:

@@ -36,9 +36,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         raise ValueError(f"device {device!r}: not a device; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
-        raise ValueError(
-            f"device {device!r}: this machine has {count} usable CUDA devices; use 'auto' or 'cpu'"
-        )
+        raise ValueError(f"device {device!r}: this machine has {count} usable CUDA devices; use 'auto' or 'cpu'")
     return resolved
 
 
@@ -89,9 +87,7 @@ def pair_distances(queries: torch.Tensor, bank: torch.Tensor, indices: torch.Ten
     return result
 
 
-def patch_to_image(
-    queries: torch.Tensor, references: torch.Tensor, *, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def patch_to_image(queries: torch.Tensor, references: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Measure how far every query patch is from its nearest patch in each reference image, in L2.
 
     Works in blocks of images (about 100 MB on a CPU, 1 GB on CUDA), so half-precision or memory-mapped arrays
@@ -131,9 +127,7 @@ def patch_to_image(
                 out[left.images, :, right.images] = _settle_minima(squared.amin(3), squared, left, right)
                 if same:
                     back = squared.amin(1).permute(1, 2, 0)  # (wide, R, high)
-                    out[right.images, :, left.images] = _settle_minima(
-                        back, squared.permute(2, 3, 0, 1), right, left
-                    )
+                    out[right.images, :, left.images] = _settle_minima(back, squared.permute(2, 3, 0, 1), right, left)
     return out
 
 
@@ -161,9 +155,7 @@ def _pairwise(left: _ImageBlock, right: _ImageBlock) -> torch.Tensor:
     return squared.view(*left.norms.shape, *right.norms.shape)
 
 
-def _settle_minima(
-    least: torch.Tensor, squared: torch.Tensor, left: _ImageBlock, right: _ImageBlock
-) -> torch.Tensor:
+def _settle_minima(least: torch.Tensor, squared: torch.Tensor, left: _ImageBlock, right: _ImageBlock) -> torch.Tensor:
     """Return the square roots of `least` (n_left, P, n_right), small ones directly from four candidates."""
     near = least <= NEAR * (left.norms[:, :, None] + right.norms.amax(1))
     for part in near.nonzero().split(4096):
@@ -278,9 +270,7 @@ def _vectors(array: torch.Tensor, name: str, dims: int) -> torch.Tensor:
     tensor = torch.as_tensor(array)
     if tensor.ndim != dims or 0 in tensor.shape[-1:]:
         expected = "(rows, channels)" if dims == 2 else "(images, patches, channels)"
-        raise ValueError(
-            f"{name}: shape {tuple(tensor.shape)}; expected {expected} with at least one channel"
-        )
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; expected {expected} with at least one channel")
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: dtype {tensor.dtype}; expected floating point, convert it with .float()")
     return tensor
@@ -288,15 +278,11 @@ def _vectors(array: torch.Tensor, name: str, dims: int) -> torch.Tensor:
 
 def _comparable(queries: torch.Tensor, bank: torch.Tensor, name: str = "bank") -> None:
     if queries.shape[-1] != bank.shape[-1]:
-        raise ValueError(
-            f"queries have {queries.shape[-1]} channels, {name} has {bank.shape[-1]}: they must agree"
-        )
+        raise ValueError(f"queries have {queries.shape[-1]} channels, {name} has {bank.shape[-1]}: they must agree")
     if queries.device != bank.device:
         raise ValueError(f"queries are on {queries.device}, {name} is on {bank.device}: move one of them")
     if 0 in bank.shape:
-        raise ValueError(
-            f"{name}: shape {tuple(bank.shape)} holds no vectors; there is nothing to compare with"
-        )
+        raise ValueError(f"{name}: shape {tuple(bank.shape)} holds no vectors; there is nothing to compare with")
 
 
 def _block_shape(device: torch.device, bank_size: int) -> tuple[int, int]:
@@ -318,9 +304,7 @@ def _centred(
     norms = torch.linalg.vecdot(block, block)
     if not torch.isfinite(norms).all():
         row = start + int((~torch.isfinite(norms)).nonzero()[0])
-        raise ValueError(
-            f"{name}: vector {row} holds NaN, infinity or values too large to square; remove or fix it"
-        )
+        raise ValueError(f"{name}: vector {row} holds NaN, infinity or values too large to square; remove or fix it")
     return block, norms
 
 

@@ -191,7 +191,7 @@ def test_covering_radius_is_brute_force():
 
 @pytest.mark.slow
 def test_several_times_faster_than_the_plain_loop():
-    """Both sides on one thread, where a busy machine disturbs them alike; the bound lies well below what is measured."""
+    """Both sides on one thread, where a busy machine disturbs them alike; the bound lies below what is measured."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 
+from hclib import methods
 from hclib.data.datasets import load_index
 from hclib.evaluation import records
 from hclib.evaluation.scenarios import evaluate, evaluate_rules
@@ -20,25 +21,34 @@ from hclib.images import read_masks
 from hclib.kernels.encoders import load_encoder
 from hclib.kernels.features import Features
 from hclib.kernels.maps import Scores
-from hclib.methods import HierCore, PatchCore
 from hclib.paths import cache_dir
 
 GROUP_RULES = ["class/class", "global/class", "group/class", "group/cluster"]  # thresholds / aggregation of F1
-MODULES = ("hclib.evaluation.scenarios", "hclib.kernels.encoders", "hclib.methods.hiercore", "hclib.methods.patchcore")
-METHODS = {"PatchCore": PatchCore, "HierCore": HierCore}
+METHODS = {name: getattr(methods, name) for name in methods.__all__}
 
 
-@lru_cache(maxsize=4)
-def dataset_features(dataset: str, encoder: str, image_size: int) -> Features:
+def dataset_features(dataset: str, encoder: str, image_size: int, layers: Sequence[str] | None = None) -> Features:
     """Return the features of a data set, from the cache where they are there already.
 
     Args:
         dataset: a name or path for `load_index`; `NAME:CATEGORY` takes one category of it.
         encoder: name for `load_encoder`.
         image_size: side in pixels.
+        layers: of the encoder; None takes its default ones.
     """
+    return _dataset_features(dataset, encoder, image_size, tuple(layers) if layers else None)
+
+
+@lru_cache(maxsize=4)
+def _dataset_features(dataset: str, encoder: str, image_size: int, layers: tuple[str, ...] | None) -> Features:
     name, _, category = dataset.partition(":")
-    return load_encoder(encoder, image_size).extract(load_index(name, categories=[category] if category else None))
+    index = load_index(name, categories=[category] if category else None)
+    return load_encoder(encoder, image_size, layers=layers).extract(index)
+
+
+def features_of(config: dict) -> Features:
+    """Return the features that a config names by `dataset, encoder, image_size` and, optionally, `layers`."""
+    return dataset_features(config["dataset"], config["encoder"], config["image_size"], config.get("layers"))
 
 
 def split(features: Features) -> tuple[Features, Features]:
@@ -51,16 +61,16 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     """Fit the detector of a config and score its test set; the scores are cached on disk.
 
     Args:
-        config: `dataset, encoder, image_size, method, seed`; `train_labels` "known" or "unknown"; `test_labels`
-            likewise (which bank an image goes to, not how thresholds are chosen); everything under `options` goes to
-            the method.
+        config: `dataset, encoder, image_size, method` (a class of `hclib.methods`), `seed`; `train_labels` "known" or
+            "unknown"; `test_labels` likewise (which bank an image goes to, not how thresholds are chosen); `layers` of
+            the encoder, where not its default ones; everything under `options` goes to the method.
 
     Returns:
         The scores, what fitting gave and took (`banks, bank_entries, fit_seconds, score_seconds`; encoding is not in
         the seconds), and the test features.
     """
-    train, test = split(dataset_features(config["dataset"], config["encoder"], config["image_size"]))
-    keys = ("dataset", "encoder", "image_size", "method", "train_labels", "test_labels", "seed", "options")
+    train, test = split(features_of(config))
+    keys = ("dataset", "encoder", "image_size", "layers", "method", "train_labels", "test_labels", "seed", "options")
     name = records.config_hash({k: config.get(k) for k in keys}) + "-" + records.source_hash(modules=modules(config))
     store = cache_dir() / "scores" / name
     if store.with_suffix(".json").is_file():
@@ -70,9 +80,9 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     detector = METHODS[config["method"]](seed=config["seed"], **config.get("options", {}))
     detector.fit(train, list(train.index["category"]) if known else None)
     fitted = time.perf_counter()
-    use = known and config.get("test_labels", "unknown") == "known"
+    use = config.get("test_labels", "unknown") == "known"
     scores = detector.score(test, list(test.index["category"]) if use else None)
-    banks = getattr(detector, "banks", None) or [detector.bank]
+    banks = getattr(detector, "banks", None) or [bank for bank in [getattr(detector, "bank", None)] if bank is not None]
     facts = {
         "banks": len(banks),
         "bank_entries": sum(len(bank.points) for bank in banks),
@@ -105,7 +115,7 @@ def one_class(config: dict) -> pd.DataFrame:
     Args:
         config: as for `fit_and_score`; `dataset` without a category.
     """
-    _, test = split(dataset_features(config["dataset"], config["encoder"], config["image_size"]))
+    _, test = split(features_of(config))
     categories = sorted(test.index["category"].unique())
     parts = [fit_and_score({**config, "dataset": f"{config['dataset']}:{name}"}) for name in categories]
     frames = [evaluate(scores, part.index, size=config["size"]) for scores, _, part in parts]
@@ -168,7 +178,9 @@ def recorded(experiment: str, config: dict, compute: Callable[[dict], pd.DataFra
 
 def modules(config: dict) -> tuple[str, ...]:
     """Return the modules whose source decides the numbers of a config; a rendered data set is one of them."""
-    return (*MODULES, "hclib.data.demo") if config["dataset"] == "demo" else MODULES
+    method = METHODS[config["method"]].__module__ if "method" in config else "hclib.kernels.clustering"
+    found = ("hclib.evaluation.scenarios", "hclib.kernels.encoders", method)
+    return (*found, "hclib.data.demo") if config["dataset"].startswith("demo") else found
 
 
 def scenario_configs(base: dict, seeds: list[int]) -> list[dict]:

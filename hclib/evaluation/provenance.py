@@ -87,7 +87,7 @@ def peak_memory() -> Iterator[dict[str, Any]]:
     torch = sys.modules.get("torch")  # only asked where a method has loaded it: this room does not import it
     gpu = torch.cuda if torch is not None and torch.cuda.is_initialized() else None
     if gpu:
-        gpu.resetpeak_memory_stats()
+        gpu.reset_peak_memory_stats()
     peak: dict[str, Any] = {}
     yield peak
     try:

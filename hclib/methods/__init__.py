@@ -3,5 +3,6 @@
 from hclib.methods.hiercore import HierCore
 from hclib.methods.musc import MuSc, MuScPlus
 from hclib.methods.patchcore import PatchCore
+from hclib.methods.softpatch import SoftPatch
 
-__all__ = ["HierCore", "MuSc", "MuScPlus", "PatchCore"]
+__all__ = ["HierCore", "MuSc", "MuScPlus", "PatchCore", "SoftPatch"]

@@ -10,8 +10,8 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from hclib.kernels.clustering import Clusters, clusters_from_labels, finch_partitions, semantic_clusters
 from hclib.paths import data_roots
 
-METHODS = ["finch", "kmeans", "dbscan"]
-QUICK = {"finch": {}, "kmeans": {"max_clusters": 5}, "dbscan": {}}
+METHODS = ["finch", "kmeans", "dbscan", "hdbscan"]
+QUICK = {"finch": {}, "kmeans": {"max_clusters": 5}, "dbscan": {}, "hdbscan": {}}
 
 
 def blobs(groups=5, each=30, dims=16, spread=0.3, seed=0):
@@ -43,27 +43,26 @@ def test_separate_groups_are_found(method):
 
 
 @pytest.mark.parametrize(
-    ("seed", "distance", "old", "new"),
-    [  # cluster counts that the two published programs print for mixture(seed)
-        (0, "cosine", [26, 11, 7, 6], [26, 10, 3]),
-        (2, "cosine", [15, 7], [15, 4]),
-        (2, "euclidean", [17, 9], [17, 5]),
-        (3, "cosine", [23, 16], [23, 7]),
-        (3, "euclidean", [18, 7, 2], [18, 6, 2]),
-        (4, "cosine", [31, 8], [31, 8, 2]),
+    ("seed", "distance", "counts"),
+    [  # cluster counts that finch-clust 0.2.3 prints for mixture(seed)
+        (0, "cosine", [26, 10, 3]),
+        (2, "cosine", [15, 4]),
+        (2, "euclidean", [17, 5]),
+        (3, "cosine", [23, 7]),
+        (3, "euclidean", [18, 6, 2]),
+        (4, "cosine", [31, 8, 2]),
     ],
 )
-def test_both_finch_lists(seed, distance, old, new):
-    for partition, counts in (("0.2.0", old), ("0.2.3", new)):
-        levels = finch_partitions(mixture(seed), distance=distance, partition=partition)
-        assert [len(np.unique(level)) for level in levels] == counts
+def test_finch_list(seed, distance, counts):
+    levels = finch_partitions(mixture(seed), distance=distance)
+    assert [len(np.unique(level)) for level in levels] == counts
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10_000), st.sampled_from(["0.2.0", "0.2.3"]))
-def test_levels_are_nested_and_the_rule_takes_the_highest_silhouette(seed, partition):
+@given(st.integers(0, 10_000))
+def test_levels_are_nested_and_the_rule_takes_the_highest_silhouette(seed):
     tokens = mixture(seed)
-    found = semantic_clusters(tokens, partition=partition)
+    found = semantic_clusters(tokens)
     assert list(found.levels) == sorted(found.levels, reverse=True)
     for fine, coarse in zip(found.hierarchy.T, found.hierarchy.T[1:], strict=False):
         assert len(np.unique(np.stack([fine, coarse], 1), axis=0)) == len(np.unique(fine))
@@ -155,12 +154,11 @@ def test_nothing_to_separate_is_one_group(method, tokens):
 
 
 @settings(deadline=None, max_examples=24)
-@given(st.integers(3, 8), st.integers(1, 4), st.integers(0, 10_000), st.sampled_from(METHODS), st.booleans())
-def test_small_sets_with_repeats_never_crash(rows, dims, seed, method, old):
+@given(st.integers(3, 8), st.integers(1, 4), st.integers(0, 10_000), st.sampled_from(METHODS))
+def test_small_sets_with_repeats_never_crash(rows, dims, seed, method):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 3, size=(rows, dims)).astype(np.float32)
-    options = {"partition": "0.2.0"} if old and method == "finch" else {}
-    found = semantic_clusters(tokens, method, **QUICK[method], **options)
+    found = semantic_clusters(tokens, method, **QUICK[method])
     assert isinstance(found, Clusters) and found.labels.shape == (rows,)
     assert found.route(tokens).max() < len(found)
 
@@ -177,7 +175,6 @@ def test_one_group_when_the_best_silhouette_is_low():
     [
         ("ward", {}),
         ("finch", {"eps": 1.0}),
-        ("finch", {"partition": "0.3"}),
         ("finch", {"level": 9}),
         ("finch", {"n_clusters": 100}),
         ("finch", {"n_clusters": 0}),
@@ -208,38 +205,62 @@ def test_wrong_tokens_are_refused():
         semantic_clusters(mixture(0)).route(np.ones((2, 999), np.float32))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "partition", "levels", "picked", "ari"),
-    [
-        ("mvtec", "0.2.3", (336, 68, 18, 6), 18, 0.935),
-        ("visa", "0.2.3", (350, 51, 15, 4), 4, 0.36),
-        ("mvtec", "0.2.0", (336, 68, 18, 12, 9, 8), 12, 0.895),
-        ("visa", "0.2.0", (350, 51, 15, 8), 8, 0.527),
-    ],
-)
-def test_real_clip_tokens(name, partition, levels, picked, ari):
+def clip_tokens(name):
     files = [root / "features" / f"{name}_clip_vitl14_336.npz" for root in data_roots()]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         pytest.skip("the CLIP tokens of the shared data are not here")
     with np.load(file) as data:
-        tokens, category = data["tokens"], data["category"]
-    found = semantic_clusters(tokens, partition=partition)
+        return data["tokens"], data["category"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "levels", "picked", "ari"),
+    [("mvtec", (336, 68, 18, 6), 18, 0.935), ("visa", (350, 51, 15, 4), 4, 0.36)],
+)
+def test_real_clip_tokens(name, levels, picked, ari):
+    tokens, category = clip_tokens(name)
+    found = semantic_clusters(tokens)
     assert found.levels == levels and len(found) == picked
     assert adjusted_rand_score(category, found.labels) == pytest.approx(ari, abs=2e-3)
 
 
-def test_a_tolerance_takes_a_finer_level_that_is_nearly_as_good():
-    """Four tight classes in two far families: the silhouette prefers the families, the tolerant rule the classes."""
-    rng = np.random.default_rng(0)
-    centres = np.array([[9, 4, 0, 0], [9, -4, 0, 0], [0, 0, 9, 4], [0, 0, 9, -4]], np.float32)
-    tokens = np.repeat(centres, 30, 0) + rng.normal(0, 1, (120, 4)).astype(np.float32)
-    exact, tolerant = semantic_clusters(tokens), semantic_clusters(tokens, tolerance=0.15)
-    assert tolerant.silhouette >= 0.85 * exact.silhouette
-    assert len(tolerant) >= len(exact)
-    best = max(s for s in exact.silhouettes if s == s)
-    first = next(i for i, s in enumerate(exact.silhouettes) if s >= 0.85 * best)
-    np.testing.assert_array_equal(tolerant.labels, exact.hierarchy[:, first])
-    with pytest.raises(ValueError, match="tolerance 1"):
-        semantic_clusters(tokens, tolerance=1)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "picked", "ari"), [("mvtec", 19, 0.964), ("visa", 12, 1.0)])
+def test_density_merges_no_classes_of_the_real_clip_tokens(name, picked, ari):
+    tokens, category = clip_tokens(name)
+    found = semantic_clusters(tokens, "hdbscan")
+    assert len(found) == picked
+    assert adjusted_rand_score(category, found.labels) == pytest.approx(ari, abs=2e-3)
+
+
+def families(far, near, classes=2, members=40, seed=0):
+    """Two families of tight classes: `far` apart, their classes `near` apart, unit noise."""
+    rng = np.random.default_rng(seed)
+    centres = np.zeros((2 * classes, 12), np.float32)
+    for number, centre in enumerate(centres):
+        centre[number // classes], centre[2 + number] = far, near
+    truth = np.repeat(np.arange(2 * classes), members)
+    return centres[truth] + rng.normal(0, 1, (len(truth), 12)).astype(np.float32), truth
+
+
+def test_density_separates_siblings_that_the_silhouette_merges():
+    tokens, truth = families(far=60, near=9)
+    silhouettes = {labels: silhouette_score(tokens, truth // labels) for labels in (1, 2)}
+    assert silhouettes[2] > silhouettes[1]  # families beat classes, so any rule by the highest silhouette merges
+    found = semantic_clusters(tokens, "hdbscan", distance="euclidean")
+    assert adjusted_rand_score(truth, found.labels) == 1.0
+    assert len(semantic_clusters(tokens, distance="euclidean")) < len(found)
+
+
+def test_density_gives_noise_to_the_nearest_cluster_and_one_group_to_noise_alone():
+    tokens, truth = families(far=30, near=15)
+    lonely = tokens[truth == 3].mean(0, keepdims=True) + 12
+    found = semantic_clusters(np.concatenate([tokens, lonely]), "hdbscan", distance="euclidean")
+    assert found.labels[-1] == found.labels[np.flatnonzero(truth == 3)[0]]
+    few = semantic_clusters(tokens[:8], "hdbscan", min_cluster_size=10)
+    assert len(few) == 1
+    for wrong in ({"min_cluster_size": 1}, {"distance": "manhattan"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            semantic_clusters(tokens, "hdbscan", **wrong)

@@ -1,4 +1,4 @@
-"""Semantic groups of image tokens: FINCH with the silhouette rule, k-means, DBSCAN, or given labels.
+"""Semantic groups of image tokens: FINCH with the silhouette rule, k-means, DBSCAN, HDBSCAN, or given labels.
 
 After HierCore, section 3.1: cluster the tokens of normal images, take the level of the FINCH hierarchy with
 the highest silhouette, use the mean token of each cluster as its key (equation 1), and send an image to the
@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from finch.finch import FINCH, clust_rank, get_clust, get_merge
-from scipy import sparse
-from sklearn.cluster import DBSCAN, KMeans
+from finch import FINCH
+from sklearn.cluster import DBSCAN, HDBSCAN, KMeans
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
@@ -70,14 +69,12 @@ def semantic_clusters(tokens: np.ndarray | torch.Tensor, method: str = "finch", 
 
     Args:
         tokens: (N, D) floating point, N >= 1.
-        method: "finch", "kmeans" or "dbscan".
-        options: of `finch_partitions`, `kmeans_partitions` or `dbscan_partitions`, and for each method
-            `level` (int, index into `levels`, instead of the highest silhouette), `metric` of the silhouette
-            ("euclidean", scikit-learn's default, or "cosine"), `tolerance` (take the finest level whose silhouette is
-            less than this share below the highest, because merged classes cost more than split ones; 0, the
-            paper's rule), `min_silhouette` (below it, all images form
-            one group; None, the paper's rule, never does), and `normalise` (divide tokens by their L2 norm
-            before clustering, averaging and routing; False).
+        method: "finch" (the paper's), "kmeans", "dbscan" or "hdbscan".
+        options: of `finch_partitions`, `kmeans_partitions`, `dbscan_partitions` or `hdbscan_partitions`, and for each
+            method `level` (int, index into `levels`, instead of the highest silhouette), `metric` of the silhouette
+            ("euclidean", scikit-learn's default, or "cosine"), `min_silhouette` (below it, all images form one group;
+            None, the paper's rule, never does), and `normalise` (divide tokens by their L2 norm before clustering,
+            averaging and routing; False).
 
     Returns:
         `Clusters`.
@@ -86,15 +83,20 @@ def semantic_clusters(tokens: np.ndarray | torch.Tensor, method: str = "finch", 
         ValueError: unknown method or option, tokens that are not (N, D) or not finite, a level or a number of
             clusters that the tokens do not give.
     """
-    makers = {"finch": finch_partitions, "kmeans": kmeans_partitions, "dbscan": dbscan_partitions}
+    makers = {
+        "finch": finch_partitions,
+        "kmeans": kmeans_partitions,
+        "dbscan": dbscan_partitions,
+        "hdbscan": hdbscan_partitions,
+    }
     if method not in makers:
         raise ValueError(f"method {method!r}: choose one of {', '.join(makers)}")
-    rule = {name: options.pop(name) for name in ("level", "metric", "tolerance", "min_silhouette") if name in options}
+    rule = {name: options.pop(name) for name in ("level", "metric", "min_silhouette") if name in options}
     normalise = options.pop("normalise", False)
     allowed = makers[method].__kwdefaults__
     if not options.keys() <= allowed.keys():
         extra = ", ".join(sorted(options.keys() - allowed.keys()))
-        common = "level, metric, tolerance, min_silhouette, normalise"
+        common = "level, metric, min_silhouette, normalise"
         raise ValueError(f"{method} has no option {extra}; it has {', '.join(allowed)} and {common}")
     values = _unit(_rows(tokens)) if normalise else _rows(tokens)
     alike = np.ptp(values, axis=0).max() <= 1e-6 * np.abs(values).max()
@@ -142,40 +144,30 @@ def finch_partitions(
     *,
     n_clusters: int | None = None,
     distance: str = "cosine",
-    partition: str = "0.2.3",
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """Return the FINCH hierarchy (Sarfraz et al., CVPR 2019), finest level first.
+    """Return the FINCH hierarchy (Sarfraz et al., CVPR 2019), finest level first, as finch-clust 0.2.3 gives it.
 
-    Two published versions of the program give different lists. Both link every row to its first neighbour,
-    take connected components, and go on with the means. They differ from the second level on:
-
-    - "0.2.3" (the installed version): a link is cut where it is longer than the longest first-neighbour link
-      of the tokens; a level that merges a single pair ends the list and is dropped.
-    - "0.2.0" (the version that HierCore names): links also join rows with a common first neighbour, a mutual
-      pair counts with twice its length, both when cut and in the longest link of the tokens; a level that
-      merges a single pair ends the list and is kept. Written from that description on top of 0.2.3's own
-      functions.
+    Every row is linked to its first neighbour, connected components are clusters, and the next level goes on with
+    their means. From the second level on a link is cut where it is longer than the longest first-neighbour link of
+    the tokens; a level that merges a single pair ends the list and is dropped. Version 0.2.0, which HierCore names,
+    ends its list earlier or later on the same data ([34, 7] against [34, 7, 2], reference notes 0.8): it cuts by
+    other link lengths. Its licence is non-commercial; this project uses 0.2.3 (MIT) alone.
 
     Args:
         tokens: (N, D) float32.
         n_clusters: merge the nearest clusters of the level above until this many are left (the program's
             `req_clust`); the result then is this one partition.
         distance: between tokens, "cosine" or "euclidean".
-        partition: "0.2.3" or "0.2.0".
         seed: of the approximate neighbours beyond 20,000 rows.
 
     Returns:
         Labels (N,) int64 of every level.
 
     Raises:
-        ValueError: an unknown version, or `n_clusters` outside 1..(clusters of the finest level).
+        ValueError: `n_clusters` outside 1..(clusters of the finest level).
     """
-    if partition not in ("0.2.3", "0.2.0"):
-        raise ValueError(f'partition {partition!r}: choose "0.2.3" or "0.2.0"')
     options = {"distance": distance, "ann_threshold": EXACT_ROWS, "random_state": seed}
-    if partition == "0.2.0" and n_clusters is None:
-        return _finch_020(tokens, distance, seed)
     if n_clusters is not None and n_clusters < 1:
         raise ValueError(f"n_clusters {n_clusters}: at least one")
     columns, counts, _ = FINCH(tokens, **options)
@@ -186,27 +178,6 @@ def finch_partitions(
     if n_clusters == 1:
         return [np.zeros(len(tokens), np.int64)]
     return [np.asarray(FINCH(tokens, req_clust=n_clusters, **options)[2], np.int64)]
-
-
-def _finch_020(tokens: np.ndarray, distance: str, seed: int) -> list[np.ndarray]:
-    """Return the list of version 0.2.0, see `finch_partitions`."""
-    levels: list[np.ndarray] = []
-    rows, labels, longest = tokens, np.empty(0), None
-    while True:
-        first, lengths, *_ = clust_rank(rows, metric=distance, ann_threshold=EXACT_ROWS, random_state=seed)
-        one = sparse.eye(len(rows), format="csr", dtype=np.float32) + first
-        links = (one @ one.T).tolil()  # rows that are, or share, a first neighbour; 2 where mutual
-        links.setdiag(0)
-        groups, count = get_clust(links, lengths, longest)
-        if not levels and lengths.ndim == 2 and lengths.shape[1] > 2:
-            longest = float((lengths * links.toarray()).max())
-        merged = len(rows) - count
-        if levels and (count == 1 or merged < 1):
-            return levels
-        labels, rows = get_merge(labels, groups, tokens)
-        levels.append(np.asarray(labels, np.int64))
-        if len(levels) > 1 and merged <= 1:
-            return levels
 
 
 def kmeans_partitions(
@@ -259,14 +230,48 @@ def dbscan_partitions(
         eps = max(float(np.quantile(neighbors.kneighbors()[0][:, -1], quantile)), np.finfo(np.float32).tiny)
     if not 0 < eps < math.inf:
         raise ValueError(f"eps {eps}: a radius is positive")
-    labels = DBSCAN(eps=eps, min_samples=min_samples).fit(tokens).labels_.astype(np.int64)
+    return [_noise_to_nearest(tokens, DBSCAN(eps=eps, min_samples=min_samples).fit(tokens).labels_)]
+
+
+def hdbscan_partitions(tokens: np.ndarray, *, min_cluster_size: int = 10, distance: str = "cosine") -> list[np.ndarray]:
+    """Return HDBSCAN's partition (Campello et al., 2013); noise joins the cluster whose mean is nearest in L2.
+
+    Every cluster is cut where it is most stable, so families of similar classes may lie at another scale than the
+    classes in them; one level for all, as the silhouette rule takes, cannot follow that.
+
+    Args:
+        tokens: (N, D) float32.
+        min_cluster_size: images that a cluster has at least, and the neighbours that make a token's density.
+        distance: "cosine" (tokens on the unit sphere, then L2) or "euclidean".
+
+    Returns:
+        One array of labels (N,) int64; a single cluster where HDBSCAN finds only noise.
+
+    Raises:
+        ValueError: `min_cluster_size` below 2, or an unknown distance.
+    """
+    if min_cluster_size < 2:
+        raise ValueError(f"min_cluster_size {min_cluster_size}: a cluster holds at least two images")
+    if distance not in ("cosine", "euclidean"):
+        raise ValueError(f'distance {distance!r}: choose "cosine" or "euclidean"')
+    if len(tokens) < min_cluster_size:
+        return [np.zeros(len(tokens), np.int64)]
+    values = _unit(tokens) if distance == "cosine" else tokens
+    algorithm = "brute" if len(tokens) <= EXACT_ROWS else "auto"  # brute: (N, N) float64
+    model = HDBSCAN(min_cluster_size=min_cluster_size, algorithm=algorithm, copy=True)
+    return [_noise_to_nearest(values, model.fit(values).labels_)]
+
+
+def _noise_to_nearest(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Give noise (-1) to the cluster whose mean is nearest in L2; all noise is one cluster."""
+    labels = labels.astype(np.int64)
     noise = labels < 0
     if noise.all():
-        return [np.zeros(len(tokens), np.int64)]
+        return np.zeros(len(tokens), np.int64)
     if noise.any():
         keys = torch.from_numpy(_means(tokens[~noise], labels[~noise]))
         labels[noise] = nearest(torch.from_numpy(tokens[noise]), keys)[1][:, 0].numpy()
-    return [labels]
+    return labels
 
 
 def _choose(
@@ -275,13 +280,10 @@ def _choose(
     *,
     level: int | None = None,
     metric: str = "euclidean",
-    tolerance: float = 0.0,
     min_silhouette: float | None = None,
     normalised: bool = False,
 ) -> Clusters:
-    """Pick the finest partition within `tolerance` of the highest silhouette, or the one `level` names."""
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance {tolerance}: the share of the highest silhouette to give up lies in [0, 1)")
+    """Pick the partition with the highest silhouette, or the one that `level` names."""
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f'metric {metric!r}: choose "euclidean" or "cosine"')
     partitions = [_in_order_of_appearance(labels) for labels in partitions or [np.zeros(len(tokens), np.int64)]]
@@ -290,8 +292,7 @@ def _choose(
         counts = [int(labels.max()) + 1 for labels in partitions]
         raise ValueError(f"level {level}: there are {len(partitions)} levels, of {counts} clusters")
     if level is None and len(partitions) > 1 and not np.isnan(silhouettes).all():
-        best = np.nanmax(silhouettes)
-        level = int(np.argmax(np.array(silhouettes) >= best - tolerance * abs(best)))
+        level = int(np.nanargmax(silhouettes))
     elif level is None and len(partitions) > 1:
         level = -1  # no level has a silhouette
     labels, silhouette = partitions[level or 0], silhouettes[level or 0]

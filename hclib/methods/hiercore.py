@@ -6,6 +6,7 @@ After Heo and Kang, "Multi-class image anomaly detection for practical applicati
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -18,7 +19,7 @@ from hclib.kernels.distances import nearest, resolve_device
 from hclib.kernels.features import Features
 from hclib.kernels.maps import Scores, image_scores
 from hclib.kernels.memory import MemoryBank
-from hclib.methods.patchcore import build_bank, score_patches
+from hclib.methods.patchcore import BLOCK, build_bank, score_patches
 from hclib.methods.state import load_state, save_state
 
 
@@ -36,9 +37,11 @@ class HierCore:
         sigma: Gaussian smoothing of the pixel maps in pixels (PatchCore's program; the paper names only bilinear
             upsampling); image scores do not use it.
         image_score: "map_max", the maximum of the upsampled map (paper, 3.3), or "max" over patches (program).
-        clustering: "finch", "kmeans" or "dbscan"; ignored where labels are given.
+        clustering: "finch" (the paper's), "kmeans", "dbscan" or "hdbscan"; ignored where labels are given.
         clustering_options: further options of `hclib.kernels.clustering.semantic_clusters`, for example
             `{"n_clusters": 6}`.
+        semantic_layer: feature map whose mean over positions is the image's token (the paper's program: `layer4`);
+            None takes the encoder's own token.
         sampler: "greedy" or "random" coreset.
         projection: width of the random projection inside the coreset, None for none.
         dim: embedding width for CNN encoders.
@@ -48,6 +51,8 @@ class HierCore:
 
     Attributes:
         keys: `(K, D)` float32, one key per bank.
+        counts: `(K,)` int64, training images of each bank.
+        radii: `(K,)` float32, L2 from a key to the farthest of its training images.
         names: the K class names where training knew them, else None.
         clusters: the clustering that made the keys (absent after `load`).
     """
@@ -62,6 +67,7 @@ class HierCore:
         image_score: str = "map_max",
         clustering: str = "finch",
         clustering_options: dict | None = None,
+        semantic_layer: str | None = None,
         sampler: str = "greedy",
         projection: int | None = 128,
         dim: int = 1024,
@@ -80,10 +86,13 @@ class HierCore:
         self.image_score, self.sigma = image_score, sigma
         self.clustering = clustering
         self.clustering_options = dict(clustering_options or {})
+        self.semantic_layer = semantic_layer
         self.seed = seed
         self.device = str(device)
         self.banks: list[MemoryBank] = []
         self.keys: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
+        self.radii: torch.Tensor | None = None
         self.names: list[str] | None = None
         self.normalised = bool(self.clustering_options.get("normalise", False))
         self.clusters = None
@@ -101,28 +110,98 @@ class HierCore:
         Raises:
             ValueError: if `labels` has another length than `train`.
         """
-        tokens = torch.as_tensor(np.asarray(train.tokens), dtype=torch.float32)
+        tokens = image_tokens(train, self.semantic_layer)
         if labels is None:
             options = dict(self.clustering_options)
             if self.clustering == "kmeans":
                 options.setdefault("seed", self.seed)
-            self.clusters = semantic_clusters(tokens, self.clustering, **options)
-            group, self.names = np.asarray(self.clusters.route(tokens)), None
-            used = np.unique(group)
-            self.keys = torch.as_tensor(self.clusters.keys, dtype=torch.float32)[used]
-            group = np.searchsorted(used, group)
+            self.clusters, self.names = semantic_clusters(tokens, self.clustering, **options), None
+            used, group = np.unique(self.clusters.route(tokens), return_inverse=True)
         else:
             if len(labels) != len(train):
                 raise ValueError(f"{len(labels)} labels for {len(train)} training images: one class name each")
             self.clusters = clusters_from_labels(tokens, labels, normalise=self.normalised)
-            self.keys, self.names = torch.as_tensor(self.clusters.keys, dtype=torch.float32), list(self.clusters.names)
-            group = np.asarray(self.clusters.labels)
-        self.banks = [self._build(train.subset(np.flatnonzero(group == k)), k) for k in range(len(self.keys))]
+            self.names = list(self.clusters.names)
+            used, group = np.arange(len(self.names)), self.clusters.labels
+        self.banks, self.keys, self.counts, self.radii = [], None, None, None
+        for number, key in enumerate(torch.as_tensor(self.clusters.keys, dtype=torch.float32)[used]):
+            self._append(train, tokens, np.flatnonzero(group == number), key)
         return self
 
-    def _build(self, members: Features, k: int) -> MemoryBank:
-        seed = int(np.random.SeedSequence([self.seed, k]).generate_state(1)[0])
-        return build_bank(members, **self.bank_options, seed=seed, device=self.device)
+    def extend(self, new: Features, labels: Sequence[str] | None = None) -> np.ndarray:
+        """Add the images of newly arrived products without rebuilding the banks of the others.
+
+        The new images are grouped by themselves, by `labels` or by clustering. A group with a known name, or without
+        labels one whose key lies within the radius of an existing group, joins that group: its coreset is added to the
+        bank, and the key becomes the mean over old and new images. Every other group gets a key and a bank of its own.
+        Banks that no new image joins keep their bytes, which are those that fitting all images at once would give to
+        the same groups. Images seen earlier are not routed again.
+
+        Args:
+            new: Features of M normal images.
+            labels: M class names where `fit` was given names, else None.
+
+        Returns:
+            `(M,)` int64, the bank that each new image went to.
+
+        Raises:
+            RuntimeError: if the detector was not fitted.
+            ValueError: if labels are given to a detector that was trained without, or the other way round, or their
+                number is wrong.
+        """
+        if self.keys is None:
+            raise RuntimeError("HierCore has no groups to extend yet: call fit(train) or HierCore.load(folder) first")
+        if (labels is None) != (self.names is None):
+            known = "did not know class names" if self.names is None else f"knew the classes {self.names}"
+            raise ValueError(f"training {known}: extend {'without' if self.names is None else 'with'} labels")
+        other = HierCore(**self._options(), device=self.device).fit(new, labels)
+        distance, nearest_key = nearest(other.keys, self.keys)
+        joined = np.empty(len(other.keys), np.int64)
+        for number in range(len(other.keys)):
+            if self.names is not None:
+                name = other.names[number]
+                target = self.names.index(name) if name in self.names else len(self.names)
+                self.names += [name] if target == len(self.names) else []
+            else:
+                near = distance[number, 0] <= self.radii[nearest_key[number, 0]]
+                target = int(nearest_key[number, 0]) if near else len(self.keys)
+            self._adopt(other, number, target)
+            joined[number] = target
+        group = other.clusters.labels if labels is not None else other.route(image_tokens(new, self.semantic_layer))
+        self.clusters = None
+        return joined[group]
+
+    def _append(self, train: Features, tokens: torch.Tensor, rows: np.ndarray, key: torch.Tensor) -> None:
+        """Build the bank of one group and note its key, size and radius; the key seeds the coreset."""
+        number = zlib.crc32(key.numpy().tobytes())
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        self.banks.append(build_bank(train.subset(rows), **self.bank_options, seed=seed, device=self.device))
+        members = torch.nn.functional.normalize(tokens[rows], dim=1) if self.normalised else tokens[rows]
+        radius = torch.linalg.vector_norm(members - key, dim=1).amax()
+        self._note(key, torch.tensor(len(rows)), radius)
+
+    def _note(self, key: torch.Tensor, count: torch.Tensor, radius: torch.Tensor) -> None:
+        old = (self.keys, self.counts, self.radii)
+        new = (key[None], count[None], radius[None])
+        self.keys, self.counts, self.radii = (
+            now if before is None else torch.cat([before, now]) for before, now in zip(old, new, strict=True)
+        )
+
+    def _adopt(self, other: HierCore, number: int, target: int) -> None:
+        """Take a group of another detector over, as a group of its own or into an existing one."""
+        key, count, radius = other.keys[number], other.counts[number], other.radii[number]
+        if target == len(self.keys):
+            self.banks.append(other.banks[number])
+            self._note(key, count, radius)
+            return
+        bank, old, total = self.banks[target], self.keys[target].clone(), self.counts[target] + count
+        self.banks[target] = MemoryBank(torch.cat([bank.points, other.banks[number].points]), bank.device)
+        mean = (old * self.counts[target] + key * count) / total
+        reach = [
+            torch.linalg.vector_norm(old - mean) + self.radii[target],
+            torch.linalg.vector_norm(key - mean) + radius,
+        ]
+        self.keys[target], self.counts[target], self.radii[target] = mean, total, max(reach)
 
     def route(self, tokens: np.ndarray | torch.Tensor) -> np.ndarray:
         """Return the nearest key of every image token in L2 (Eq. 2): `(N, D) -> (N,)` int64."""
@@ -147,7 +226,7 @@ class HierCore:
         Raises:
             ValueError: if a label names a class that training did not see.
         """
-        group = self.route(test.tokens)
+        group = self.route(image_tokens(test, self.semantic_layer))
         if labels is not None and self.names is not None:
             unseen = sorted(set(labels) - set(self.names))
             if unseen or len(labels) != len(test):
@@ -171,7 +250,7 @@ class HierCore:
         if self.keys is None:
             raise RuntimeError("nothing to save: call fit(train) first")
         banks = {f"bank{k}": bank.points for k, bank in enumerate(self.banks)}
-        save_state(folder, "HierCore", {**self._options(), "names": self.names}, {"keys": self.keys, **banks})
+        save_state(folder, "HierCore", {**self._options(), "names": self.names}, {**self._groups(), **banks})
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "auto") -> Self:
@@ -179,10 +258,14 @@ class HierCore:
         options, tensors = load_state(folder, "HierCore")
         names = options.pop("names")
         detector = cls(**options, device=device)
-        detector.keys, detector.names = tensors["keys"], names
+        detector.names = names
+        detector.keys, detector.counts, detector.radii = (tensors[part] for part in ("keys", "counts", "radii"))
         place = resolve_device(device)
         detector.banks = [MemoryBank(tensors[f"bank{k}"], place) for k in range(len(detector.keys))]
         return detector
+
+    def _groups(self) -> dict[str, torch.Tensor]:
+        return {"keys": self.keys, "counts": self.counts, "radii": self.radii}
 
     def _options(self) -> dict:
         return {
@@ -192,5 +275,28 @@ class HierCore:
             "sigma": self.sigma,
             "clustering": self.clustering,
             "clustering_options": self.clustering_options,
+            "semantic_layer": self.semantic_layer,
             "seed": self.seed,
         }
+
+
+def image_tokens(features: Features, layer: str | None = None) -> torch.Tensor:
+    """Return one token per image: the encoder's own, or the mean of a feature map over its positions.
+
+    Args:
+        features: Features of N images.
+        layer: a feature map of `features.maps`, or None.
+
+    Returns:
+        `(N, D)` float32.
+
+    Raises:
+        ValueError: if the features have no such layer.
+    """
+    if layer is None:
+        return torch.as_tensor(np.asarray(features.tokens), dtype=torch.float32)
+    if layer not in features.maps:
+        raise ValueError(f"semantic_layer={layer!r}: the features have {', '.join(features.maps)}")
+    maps = features.maps[layer]
+    blocks = (np.asarray(maps[start : start + BLOCK], np.float32) for start in range(0, len(features), BLOCK))
+    return torch.from_numpy(np.concatenate([block.mean((1, 2)) for block in blocks]))

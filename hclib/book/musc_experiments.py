@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -15,9 +16,10 @@ import torch
 from hclib.book.experiments import METHODS
 from hclib.book.musc_pools import CODE, Pool, distance_pool, finished, mutual, pile, pool_scores
 from hclib.evaluation.metrics import image_metrics
-from hclib.evaluation.provenance import source_hash
+from hclib.evaluation.provenance import peak_memory, source_hash
 from hclib.evaluation.records import config_hash
 from hclib.evaluation.scenarios import evaluate
+from hclib.images import read_masks
 from hclib.kernels.features import Features
 from hclib.kernels.maps import Scores
 from hclib.methods.musc import mutual_scores, rescore
@@ -49,6 +51,21 @@ def measured(scores: Scores, index: pd.DataFrame, size: int, *, pixel: bool = Tr
     return rows[["category", "level", *METRICS, "n_normal", "n_anomalous"]].reset_index(drop=True)
 
 
+class ResumedMuSc(METHODS["MuSc"]):
+    """MuSc that keeps the scores of every finished layer and degree on disk: an interrupted run goes on from there."""
+
+    def _patch_scores(self, patches: torch.Tensor, references: torch.Tensor | None) -> torch.Tensor:
+        content = hashlib.sha256(np.ascontiguousarray(patches.cpu().numpy()).data).hexdigest()[:24]
+        facts = {"content": content, "options": self.mutual_options}
+        path = cache_dir() / "scores" / f"pass-{config_hash(facts)}-{source_hash(modules=CODE)}.npy"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".part.npy")
+            np.save(aside, super()._patch_scores(patches, references).cpu().numpy())
+            aside.replace(path)
+        return torch.from_numpy(np.load(path)).to(patches.device)
+
+
 def pile_scores(config: dict) -> tuple[Scores, float, Features]:
     """Score a pile by MuSc without re-scoring; the scores are cached on disk.
 
@@ -62,12 +79,13 @@ def pile_scores(config: dict) -> tuple[Scores, float, Features]:
     features = pile(config)
     options = {"subsets": math.ceil(len(features) / LARGEST), **config.get("options", {}), "windows": None}
     keys = ("dataset", "encoder", "image_size", "layers", "images", "draw", "seed", "known")
+    keys += ("categories",) if "categories" in config else ()
     name = config_hash({k: config.get(k) for k in keys} | {"options": options}) + "-" + source_hash(modules=CODE)
     store = cache_dir() / "scores" / f"musc-{name}"
     if not store.with_suffix(".json").is_file():
         start = time.perf_counter()
         labels = list(features.index["category"]) if config.get("known") else None
-        scores = METHODS["MuSc"](**options, seed=config.get("seed", 0)).score(features, labels)
+        scores = ResumedMuSc(**options, seed=config.get("seed", 0)).score(features, labels)
         store.parent.mkdir(parents=True, exist_ok=True)
         scores.save(store.with_suffix(".safetensors"))
         store.with_suffix(".json").write_text(json.dumps(time.perf_counter() - start))
@@ -82,8 +100,8 @@ def zero_shot(config: dict) -> pd.DataFrame:
         config: as for `pile_scores`, with `size` and `windows`.
 
     Returns:
-        Rows `image` (with RsCIN), `image without RsCIN` and `pixel`. The image rows hold the scores of all images: in
-        the order of the pile (`image_scores`) and apart by label (`normal_scores`, `anomalous_scores`).
+        Rows `image` (with RsCIN), `image without RsCIN` and `pixel`. The image rows have `hits` (see `defect_hits`) and
+        all scores: in the order of the pile (`image_scores`) and by label (`normal_scores`, `anomalous_scores`).
     """
     scores, seconds, features = pile_scores(config)
     normal = features.index["label"].to_numpy() == 0
@@ -91,14 +109,24 @@ def zero_shot(config: dict) -> pd.DataFrame:
     rows = measured(after, features.index, config["size"]).to_dict("records")
     before = measured(scores, features.index, config["size"], pixel=False).assign(level="image without RsCIN")
     rows += before.to_dict("records")
+    hits = defect_hits(scores.patch, features.index)
     for row in rows:
         if row["level"] != "pixel":
+            row["hits"] = hits
             values = (after if row["level"] == "image" else scores).image
             row |= {"image_scores": values.astype(float).tolist()}
             row |= {"normal_scores": values[normal].astype(float).tolist()}
             row |= {"anomalous_scores": values[~normal].astype(float).tolist()}
     subsets = config.get("options", {}).get("subsets", math.ceil(len(features) / LARGEST))
     return pd.DataFrame(rows).assign(score_seconds=seconds, subsets=subsets)
+
+
+def defect_hits(patch: np.ndarray, index: pd.DataFrame) -> float:
+    """Return the share of anomalous images with a mask whose highest-scoring patch lies in the defect."""
+    shown = ((index["label"] == 1) & (index["mask_path"] != "")).to_numpy()
+    masks = read_masks(index[shown], patch.shape[1]).reshape(int(shown.sum()), -1)  # (n, P)
+    highest = patch[shown].reshape(len(masks), -1).argmax(1)
+    return float(masks[np.arange(len(masks)), highest].mean())
 
 
 def examples(config: dict) -> pd.DataFrame:
@@ -274,33 +302,46 @@ def _grid(pool: Pool) -> tuple[int, int]:
 
 
 def timings(config: dict) -> pd.DataFrame:
-    """Measure the mutual scoring of random patches for one number of images: one layer, one degree.
+    """Measure the mutual scoring of random patches: one layer, one degree, one thread.
 
     Args:
-        config: `images, patches, channels, seed`, `way`: "mutual_scores", or "each against all" (`torch.cdist` for
-            one image at a time against all others, as the reference program does).
+        config: `images, patches, channels, subsets, seed`, and `way`: "mutual_scores", or "each against all"
+            (`torch.cdist` from one image at a time to all others; 10 of the images are measured and scaled up).
 
     Returns:
-        One row: `way_seconds` (the better of two runs), and `features_mb`, what the patches themselves take.
+        One row: `cpu_seconds` (what neighbours on a shared machine take does not count), `extra_mb` (peak memory above
+        what was resident before), `features_mb` (the patches themselves).
     """
     generator = torch.Generator().manual_seed(config["seed"])
     shape = (config["images"], config["patches"], config["channels"])
     patches = torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=2)
-    taken = []
-    for _ in range(2):
-        start = time.perf_counter()
-        mutual_scores(patches) if config["way"] == "mutual_scores" else _each_against_all(patches)
-        taken.append(time.perf_counter() - start)
-    return pd.DataFrame([{"way_seconds": min(taken), "features_mb": patches.nbytes / 1e6}])
+    parts = [patches[part] for part in parts_of(len(patches), config["subsets"], config["seed"])]
+    work, scale = mutual_scores, 1.0
+    if config["way"] == "each against all":
+        work, scale = _each_against_all, len(patches) / len(parts) / min(10, len(parts[0]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        work(patches[:6])  # libraries take their own memory once
+        with peak_memory() as before:
+            pass
+        with peak_memory() as peak:
+            start = time.process_time()
+            for part in parts:
+                work(part)
+            seconds = (time.process_time() - start) * scale
+    finally:
+        torch.set_num_threads(threads)
+    extra = peak["peak_mb"] - before["peak_mb"]
+    return pd.DataFrame([{"cpu_seconds": seconds, "extra_mb": extra, "features_mb": patches.nbytes / 1e6}])
 
 
-def _each_against_all(patches: torch.Tensor) -> torch.Tensor:
-    count, scores = int((len(patches) - 1) * 0.3), []
-    for i, image in enumerate(patches):
+def _each_against_all(patches: torch.Tensor) -> None:
+    """Score up to 10 images, each by all others at once."""
+    for i in range(min(10, len(patches))):
         others = torch.cat([patches[:i], patches[i + 1 :]]).flatten(0, 1)  # ((N - 1) P, C)
-        least = torch.cdist(image, others).view(len(image), -1, len(image)).amin(2)
-        scores.append(least.topk(count, dim=1, largest=False).values.mean(1))
-    return torch.stack(scores)
+        least = torch.cdist(patches[i], others).view(patches.shape[1], -1, patches.shape[1]).amin(2)
+        least.topk(max(1, int((len(patches) - 1) * 0.3)), dim=1, largest=False).values.mean(1)
 
 
 def patch_histograms(config: dict) -> pd.DataFrame:

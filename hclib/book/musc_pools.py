@@ -31,12 +31,13 @@ def pile(config: dict) -> Features:
     """Return the features of a pile: some test images of every category, then some normal training images.
 
     Args:
-        config: `dataset` (`NAME` or `NAME:CATEGORY`), `encoder`, `image_size`; `layers` where not the default ones;
+        config: `dataset` (`NAME` or `NAME:CATEGORY`; with `categories`, only these), `encoder`, `image_size`; `layers`
+            where not the default ones;
             `images` and `references`, the most test and training images to draw per category (absent: all test
             images, no training image); `draw`, the seed of that (absent: 0).
     """
     name, _, category = config["dataset"].partition(":")
-    index = load_index(name, categories=[category] if category else None)
+    index = load_index(name, categories=[category] if category else config.get("categories"))
     rng, rows = np.random.default_rng(config.get("draw", 0)), {"test": [], "train": []}
     for _, members in index.groupby("category"):
         for part, most in (("test", config.get("images")), ("train", config.get("references", 0))):
@@ -82,7 +83,7 @@ def distance_pool(config: dict, degrees: Sequence[int]) -> Pool:
         degrees: of LNAMD.
     """
     features = pile(config)
-    keys = ("dataset", "encoder", "image_size", "images", "references", "draw")
+    keys = ("dataset", "categories", "encoder", "image_size", "images", "references", "draw")
     place, code = {k: config.get(k) for k in keys}, source_hash(modules=CODE)
     folder = cache_dir() / "distances"
     folder.mkdir(exist_ok=True)

@@ -63,22 +63,28 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     Args:
         config: `dataset, encoder, image_size, method` (a class of `hclib.methods`), `seed`; `train_labels` "known" or
             "unknown"; `test_labels` likewise (which bank an image goes to, not how thresholds are chosen); `layers` of
-            the encoder, where not its default ones; everything under `options` goes to the method.
+            the encoder, where not its default ones; `train_per_category`, images kept of each training category (a
+            seeded draw); `flip`, share of the known training labels that are replaced by another category's; everything
+            under `options` goes to the method.
 
     Returns:
         The scores, what fitting gave and took (`banks, bank_entries, fit_seconds, score_seconds`; encoding is not in
         the seconds), and the test features.
     """
     train, test = split(features_of(config))
-    keys = ("dataset", "encoder", "image_size", "layers", "method", "train_labels", "test_labels", "seed", "options")
+    keys = ["dataset", "encoder", "image_size", "layers", "method", "train_labels", "test_labels", "seed", "options"]
+    keys += [key for key in ("train_per_category", "flip") if key in config]
     name = records.config_hash({k: config.get(k) for k in keys}) + "-" + records.source_hash(modules=modules(config))
     store = cache_dir() / "scores" / name
     if store.with_suffix(".json").is_file():
         return Scores.load(store.with_suffix(".safetensors")), json.loads(store.with_suffix(".json").read_text()), test
     known = config.get("train_labels", "unknown") == "known"
+    if "train_per_category" in config:
+        train = draw_per_category(train, config["train_per_category"], config["seed"])
+    labels = flip_labels(train.index["category"], config.get("flip", 0), config["seed"])
     start = time.perf_counter()
     detector = METHODS[config["method"]](seed=config["seed"], **config.get("options", {}))
-    detector.fit(train, list(train.index["category"]) if known else None)
+    detector.fit(train, labels if known else None)
     fitted = time.perf_counter()
     use = config.get("test_labels", "unknown") == "known"
     scores = detector.score(test, list(test.index["category"]) if use else None)
@@ -95,8 +101,29 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     return scores, facts, test
 
 
+def draw_per_category(features: Features, count: int, seed: int) -> Features:
+    """Return at most `count` images of every category, drawn by `seed`, in their order."""
+    rng, kept = np.random.default_rng(seed), []
+    for _, rows in sorted(features.index.groupby("category").indices.items()):
+        kept.append(rng.permutation(rows)[:count])
+    return features.subset(np.sort(np.concatenate(kept)))
+
+
+def flip_labels(labels: Sequence[str], share: float, seed: int) -> list[str]:
+    """Return the labels, `share` of them replaced by another class, each with equal chance."""
+    rng, labels = np.random.default_rng(seed), np.array(labels, dtype=object)
+    names = sorted(set(labels))
+    for row in rng.permutation(len(labels))[: round(share * len(labels))]:
+        labels[row] = rng.choice([name for name in names if name != labels[row]])
+    return labels.tolist()
+
+
 def label_scenario(config: dict) -> pd.DataFrame:
     """Return the metrics of one detector under every threshold rule of `config["rules"]`.
+
+    Args:
+        config: as for `fit_and_score`, with `rules` ("thresholds/aggregate" of `evaluate`), the `size` of the pixel
+            level, and `pixel`: false to leave that level out.
 
     Returns:
         Rows of `evaluate`, one set per rule, with the facts of `fit_and_score`; the image rows under the first rule
@@ -104,7 +131,7 @@ def label_scenario(config: dict) -> pd.DataFrame:
     """
     scores, facts, test = fit_and_score(config)
     rules = [tuple(rule.split("/")) for rule in config["rules"]]
-    frames = evaluate_rules(scores, test.index, rules, size=config["size"])
+    frames = evaluate_rules(scores, test.index, rules, size=config["size"], pixel=config.get("pixel", True))
     frames[0] = frames[0].merge(score_lists(scores.image, test.index), on=["category", "level"], how="left")
     return pd.concat(frames, ignore_index=True).assign(**facts)
 
@@ -178,7 +205,7 @@ def recorded(experiment: str, config: dict, compute: Callable[[dict], pd.DataFra
 
 def modules(config: dict) -> tuple[str, ...]:
     """Return the modules whose source decides the numbers of a config; a rendered data set is one of them."""
-    method = METHODS[config["method"]].__module__ if "method" in config else "hclib.kernels.clustering"
+    method = METHODS[config.get("method", "HierCore")].__module__
     found = ("hclib.evaluation.scenarios", "hclib.kernels.encoders", method)
     return (*found, "hclib.data.demo") if config["dataset"].startswith("demo") else found
 

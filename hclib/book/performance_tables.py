@@ -104,3 +104,37 @@ def performance_verdicts(loss: pd.DataFrame, base: dict, page: str = "11_hiercor
             )
         )
     return verdicts
+
+
+def category_beside_paper(results: pd.DataFrame, category: str) -> pd.DataFrame:
+    """Return a category that the paper has too, trained alone, beside the paper's numbers for it.
+
+    Args:
+        results: Records of `label_scenario` with `method, encoder, image_size`, rows under class thresholds.
+        category: name in our data and in the paper's MVTec AD tables.
+
+    Returns:
+        One row per method and source: image AUROC, AP, F1-max and pixel F1-max. The paper prints F1 per class (Table
+        B.11) but AUROC and AP only as means of its 15 classes (Table A.7). `difference` rows compare F1.
+    """
+    rows = results[(results["category"] == category) & (results["aggregate"] == "class")]
+    means = (
+        rows.groupby(["method", "encoder", "image_size", "level"])[["auroc", "ap", "f1_max"]].mean().unstack("level")
+    )
+    f1, mean = load_published("hiercore", "B.11"), load_published("hiercore", "A.7")
+    f1 = f1[(f1["class"] == category) & (f1["eval_setting"] == "known") & (f1["metric"] == "f1")]
+    mean = mean[(mean["train_setting"] == "multi-class") & (mean["level"] == "image")]
+    table = {}
+    for method in ("PatchCore", "HierCore"):
+        printed = f1[f1["method"] == method].set_index("level")["value"].astype(float) / 100
+        average = mean[mean["method"] == method].set_index("metric")["value"].astype(float)
+        for (encoder, size), row in means.loc[method].iterrows():
+            ours = [row["auroc", "image"], row["ap", "image"], row["f1_max", "image"], row["f1_max", "pixel"]]
+            table[method, f"ours: {encoder}, {size} px"] = ours
+            differences = [None, None, ours[2] - printed["image"], ours[3] - printed["pixel"]]
+            table[method, f"difference: {encoder}, {size} px"] = differences
+        table[method, f"paper: {category}"] = [None, None, printed["image"], printed["pixel"]]
+        table[method, "paper: mean of 15 classes"] = [average["auroc"], average["ap"], average["f1_max"], None]
+    columns = ["image AUROC", "image AP", "image F1-max", "pixel F1-max"]
+    frame = pd.DataFrame(table, index=columns).T.astype(float).rename_axis(["method", ""])
+    return frame.round(3).astype(object).where(frame.notna(), "")

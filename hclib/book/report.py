@@ -105,6 +105,12 @@ def spread(frame: pd.DataFrame, by: list[str], value: str, *, scale: float = 1.0
     return frame.groupby(by, sort=False)[value].agg(text)
 
 
+def seeds(frame: pd.DataFrame) -> str:
+    """Return how many seeds the rows of a frame come from, in words."""
+    count = frame["seed"].nunique()
+    return f"{count} seed" + "s" * (count != 1)
+
+
 def _page_link(row: pd.Series) -> str:
     return f"../{row['profile']}/{row['page']}.ipynb"
 

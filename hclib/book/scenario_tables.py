@@ -176,8 +176,7 @@ def label_verdicts(results: pd.DataFrame, base: dict, page: str = "10_hiercore_l
     """
     means = scenario_f1(results).query("category == 'mean'")
     ratio = (means["unknown"] / means["known"]).groupby([means[k] for k in ("method", "train_labels", "level")]).mean()
-    seeds = f"{results['seed'].nunique()} seed" + "s" * (results["seed"].nunique() > 1)
-    where = f"{base['dataset']}, {base['encoder']} at {base['image_size']} px, {seeds}"
+    where = f"{base['dataset']}, {base['encoder']} at {base['image_size']} px, {report.seeds(results)}"
     keys = {k: base[k] for k in ("profile", "dataset", "encoder", "image_size")} | {"page": page}
 
     claims = [

@@ -1,0 +1,166 @@
+# %% [markdown]
+# # Noise on magnetic tiles: five methods, six ratios (FUN-AD, supplementary Table 1)
+#
+# **The claim.** FUN-AD's authors add defective magnetic tiles to the training set, unlabelled, up to one for every five
+# normal ones, and take them out of the test set. Methods made for such noise hardly suffer; FUN-AD even gains 15 points of
+# image AUROC between 0 and 20 %, and beats InReaCh and SoftPatch wherever there is any noise.
+#
+# Two things deserve a second look before that is believed. The injected images *leave* the test set, so every column of
+# the table is measured on other test images. And FUN-AD's epoch is chosen by the test labels. This page therefore reports
+# two more numbers: AUROC on the test images that *no* run trained on, and FUN-AD's last epoch beside its best.
+#
+# **Goals**
+# - measure PatchCore, HierCore, SoftPatch, InReaCh and FUN-AD at the paper's ratios, without overlap;
+# - put image and pixel AUROC beside the paper's, and compare order and slope;
+# - watch FUN-AD train: its loss, and how often its pseudo-labels are right.
+
+# %% tags=["parameters"]
+profile: str = "demo"  # which set of Records this run reads and writes
+dataset: str = "demo:gear"  # data set; NAME:CATEGORY takes one category
+encoder: str = "dinov2_vits14"  # frozen backbone
+image_size: int = 224  # side in pixels that images are resized to
+size: int = 112  # side in pixels of the maps and masks that pixel metrics compare
+layers: list = ["block9"]  # the encoder's layers that every method sees
+components: int = 96  # principal components of the patches that the memory banks compare; 0 for all channels
+ratios: list = [0, 0.1, 0.2]  # injected anomalies per normal training image
+ratio: float = 0.1  # coreset ratio of the memory banks
+epochs: int = 20  # of FUN-AD
+seeds: list = [0]  # one run of every setting per seed: which anomalies are injected, coresets, networks
+
+# %%
+import pandas as pd
+from IPython.display import display
+
+from hclib.book import figures, noise_figures, noise_tables, report
+from hclib.book.noise_experiments import SHORT_FUNAD, noise_run, recorded, sweep_configs
+from hclib.data.datasets import load_index
+
+figures.use_style()
+index = load_index(dataset.split(":")[0], categories=dataset.split(":")[1:] or None)
+
+# %% [markdown]
+# ## The setting
+
+# %%
+report.setting(
+    data=f"{dataset}: {report.describe(index)}",
+    encoder=f"{encoder} at {image_size} px, frozen, {', '.join(layers)} for every method; pixels compared at {size} px",
+    training="no labels; anomalies injected from the test set and removed from it (no overlap), stratified by defect type",
+    thresholds="none: AUROC only. FUN-AD's *best epoch* is chosen by test labels, as in the paper; its last epoch is not",
+    paper="MTD, DINO ViT-B/8 at 224 px for FUN-AD (1,500 epochs), Wide-ResNet-50-2 for SoftPatch and InReaCh; its split is "
+    "not stated",
+)
+
+# %% [markdown]
+# ## The experiment
+#
+# Every method is trained on the same contaminated sets. The anomalies of a smaller ratio are among those of a larger one,
+# so the sets are nested and the *common* test images, those that even the largest ratio leaves, are the same for all.
+#
+# The memory banks keep a tenth of the patches (of its channels' patches, for InReaCh, whose program keeps all), reduced to
+# their principal components. FUN-AD runs on a diet: its own principal components, a random quarter of an image's patches in
+# each step, a bounded memory that is drawn once an epoch, and few epochs at a rate that makes up for it. The [method page](../../methods/contamination.md)
+# lists what that changes.
+
+# %%
+banks = {"ratio": ratio}
+methods = {
+    "PatchCore": banks,
+    "HierCore": banks,
+    "SoftPatch": banks,
+    "InReaCh": banks,
+    "FunAD": {**SHORT_FUNAD, "epochs": epochs},
+}
+base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
+base |= {"layers": layers, "components": components, "noise": {"definition": "per_normal", "overlap": False}}
+configs = sweep_configs(base, methods, ratios, seeds)
+results = pd.concat([recorded("noise_sweep", config, noise_run) for config in configs], ignore_index=True)
+
+# %%
+counts = results.query("category == 'mean' and test_set == 'own' and level == 'image' and method == 'PatchCore'")
+columns = ["noise.ratio", "train_normal", "train_anomalous", "realised_per_normal", "realised_of_total"]
+counts.groupby(columns)[["n_normal", "n_anomalous"]].first().add_prefix("test ").reset_index().round(3)
+
+# %% [markdown]
+# *What was injected. The realised ratio is given in both readings; note how the number of anomalous test images shrinks.*
+#
+# ## Table 1 here: each column on the test images that it left
+
+# %%
+# NBVAL_CHECK_OUTPUT
+noise_tables.sweep_table(results)
+
+# %% [markdown]
+# ## The same on common test images
+
+# %%
+# NBVAL_CHECK_OUTPUT
+noise_tables.sweep_table(results, test_set="common")
+
+# %% [markdown]
+# *Mean AUROC in percent; ± is the standard deviation over seeds, where there are several. The last column is the same in both
+# tables by construction.*
+#
+# ## Ours, the paper's, the difference
+
+# %%
+noise_tables.beside_table1(results)
+
+# %% [markdown]
+# *Points of AUROC. Absolute values are not comparable where the encoder, the split or the data differ; the paper has no PatchCore
+# and no HierCore. "FUN-AD, best epoch" is compared with the paper's FUN-AD, which chooses that way too.*
+#
+# ## From no noise to the most
+
+# %%
+noise_tables.slopes(results)
+
+# %%
+curves = noise_figures.sweep_curves(results)
+
+# %% [markdown]
+# *AUROC on the common test images over the noise ratio (solid; the band is the range over seeds) and the paper's values
+# (dotted). Read slopes, not heights.*
+#
+# ## FUN-AD while it trains
+#
+# A pseudo-anomalous patch is right when the masks call it anomalous (at the patch grid). Without noise no pseudo-label can be
+# right: rescaling within a batch always makes *some* patch the most distant one. That is why the method needs contamination.
+
+# %%
+history = noise_tables.training_history(results)
+training = noise_figures.training_curves(history)
+
+# %%
+history[history["epoch"] == history["epoch"].max()].groupby("noise").mean().drop(columns=["seed", "epoch"]).round(3)
+
+# %% [markdown]
+# *The last epoch: the means of loss and smoothness term, the shares of patches called anomalous and of images taken for normal, the
+# precision of the pseudo-labels, the normal share of the memory's patches, and the criterion that the paper chooses the epoch by.*
+#
+# ## What it costs
+
+# %%
+noise_tables.cost_table(results)
+
+# %% [markdown]
+# *Seconds and megabytes, encoding not included. FUN-AD's fit includes scoring the test set after every epoch, for the best one.*
+#
+# ## What holds, what does not
+
+# %%
+display(*noise_tables.sweep_verdicts(results, base, "31_noise_sweep_mtd"))
+
+# %% [markdown]
+# ## Read with care
+# - The tiles were photographed under several exposures, so a random split has near-duplicates in training and test. That helps
+#   every memory bank, and it makes contamination worse than it would be: an injected defect can have its twin in the test set.
+# - FUN-AD ran far fewer steps than in the paper, on other features. Where it falls behind here, that is a statement about a training
+#   that two cores can afford, not about its limit.
+#
+# ## Goals, answered
+# - The two tables give all methods at all ratios, on their own and on common test images.
+# - The slopes say who loses and who gains; the verdicts say whether the paper's order holds.
+# - The training curves show what the pseudo-labels are worth at each ratio.
+#
+# **Next:** [what "10 % noise" means](30_noise_protocols.ipynb).

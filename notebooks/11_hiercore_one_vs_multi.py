@@ -27,8 +27,14 @@ import pandas as pd
 
 from hclib.book import report
 from hclib.book.experiments import label_scenario, one_class, recorded, scenario_configs
-from hclib.book.performance_tables import category_beside_paper, losses, mad_beside_paper
-from hclib.book.performance_tables import metric_means, metric_table, performance_verdicts
+from hclib.book.performance_tables import (
+    category_beside_paper,
+    losses,
+    mad_beside_paper,
+    metric_means,
+    metric_table,
+    performance_verdicts,
+)
 from hclib.data.datasets import load_index
 
 # %%

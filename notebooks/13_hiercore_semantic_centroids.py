@@ -98,7 +98,9 @@ pd.concat(rules, names=["tokens", "rule"]).round(3)
 # plainer tokens: the mean over positions of each feature map that the method uses anyway.
 
 # %%
-tokens = {"token of the encoder": train.tokens} | {f"mean of {layer}": image_tokens(train, layer).numpy() for layer in train.maps}
+tokens = {"token of the encoder": train.tokens} | {
+    f"mean of {layer}": image_tokens(train, layer).numpy() for layer in train.maps
+}
 by_token = {name: rule_table(values, classes) for name, values in tokens.items()}
 pd.concat(by_token, names=["tokens", "rule"]).round(3)
 

@@ -8,6 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from hclib import paths
 from hclib.book import run
+from hclib.evaluation import records
 
 NOTEBOOKS = sorted(run.notebook_sources())
 EXECUTED = [
@@ -55,6 +56,20 @@ def test_unknown_profiles_and_notebooks_are_errors():
         run.execute("dmeo")
     with pytest.raises(run.NotebookError, match="no notebook '77'"):
         run.execute("demo", ["77"])
+
+
+def test_a_rerun_leaves_the_committed_records_alone(tmp_path, monkeypatch):
+    committed = tmp_path / "records"
+    monkeypatch.setattr(run, "_top", lambda: tmp_path)
+    monkeypatch.setenv("HCLIB_RECORDS", str(committed))
+    records.cached("study", "demo", {"seed": 0}, lambda: [{"f1": 0.5}])
+    before = (committed / "demo" / "study.jsonl").read_bytes()
+    for seed in (1, 2):  # the second rerun keeps what the first one computed
+        with run._rerun_records():
+            records.cached("study", "demo", {"seed": seed}, lambda: [{"f1": 0.6}])
+            assert set(records.load("study", "demo")["seed"]) == set(range(seed + 1))
+    assert (committed / "demo" / "study.jsonl").read_bytes() == before
+    assert paths.records_dir() == committed
 
 
 def notebook_with(output):

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,13 @@ import pandas as pd
 from hclib import methods
 from hclib.data.datasets import load_index
 from hclib.evaluation import records
+from hclib.evaluation.results import save_results
 from hclib.evaluation.scenarios import evaluate, evaluate_rules
 from hclib.images import read_masks
 from hclib.kernels.encoders import load_encoder
 from hclib.kernels.features import Features
 from hclib.kernels.maps import Scores
-from hclib.paths import cache_dir
+from hclib.paths import cache_dir, repository
 
 GROUP_RULES = ["class/class", "global/class", "group/class", "group/cluster"]  # thresholds / aggregation of F1
 METHODS = {name: getattr(methods, name) for name in methods.__all__}
@@ -99,6 +101,20 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
     scores.save(store.with_suffix(".safetensors"))
     store.with_suffix(".json").write_text(json.dumps(facts))
     return scores, facts, test
+
+
+def save_run(config: dict, folder: str) -> None:
+    """Write the results of a `label_scenario` config as files: configuration, metrics, decisions, timing.
+
+    Args:
+        config: as for `label_scenario`.
+        folder: relative to the checkout, or absolute; the run goes to a folder of its own in it.
+    """
+    scores, facts, test = fit_and_score(config)
+    name = "-".join(str(config[key]) for key in ("method", "train_labels", "test_labels", "seed"))
+    rules = [tuple(rule.split("/")) for rule in config["rules"]]
+    target = (repository() or Path.cwd()) / folder / name
+    save_results(target, scores, test.index, config=config, timing=facts, rules=rules, size=config["size"])
 
 
 def draw_per_category(features: Features, count: int, seed: int) -> Features:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jupytext
@@ -90,8 +94,8 @@ def execute(
 ) -> list[Path]:
     """Execute the notebooks of a profile whose source, parameters, code or Records changed since they last ran here.
 
-    A run with `parameters` of one's own is a rerun: its notebooks go to `build/rerun/<profile>` and the committed
-    results stay as they are.
+    A run with `parameters` of one's own is a rerun: its notebooks go to `build/rerun/<profile>` and its Records to
+    `build/rerun/records`, which starts as a copy of the committed ones; what is committed stays as it is.
 
     Args:
         profile: "demo", "real" or "paper".
@@ -127,7 +131,8 @@ def execute(
             print(f"   {profile}/{name}: current", flush=True)
             continue
         print(f"   {profile}/{name}: running", flush=True)
-        _run(raw, target, values)
+        with _rerun_records() if parameters else nullcontext():
+            _run(raw, target, values)
         if not parameters:
             stamp.write_text(_key(source, values))
         written.append(target)
@@ -159,6 +164,21 @@ def _key(source: Path, values: dict) -> str:
         for path in sorted((paths.records_dir() / str(profile)).glob("*.jsonl")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def _rerun_records() -> Iterator[None]:
+    """Let kernels started here read and write a copy of the Records."""
+    copy, before = _top() / "build" / "rerun" / "records", os.environ.get("HCLIB_RECORDS")
+    if not copy.exists():
+        shutil.copytree(paths.records_dir(), copy)
+    os.environ["HCLIB_RECORDS"] = str(copy)
+    try:
+        yield
+    finally:
+        os.environ.pop("HCLIB_RECORDS")
+        if before is not None:
+            os.environ["HCLIB_RECORDS"] = before
 
 
 def _run(raw: Path, target: Path, values: dict) -> None:

@@ -238,17 +238,17 @@ def pile_sizes(config: dict) -> pd.DataFrame:
 
     Args:
         config: as for `musc_pools.pile`, with `degrees, size, windows`, `subsets` (numbers of parts), `sizes` (images
-            per part; those below the category's size are used), `seeds`.
+            per part; those that give at least two parts are used), `seeds`.
 
     Returns:
-        Rows of `measured` with `subsets`, `largest_part`, `smallest_part`, `division_seed` and `kind`: "subsets" sees
-        all images in RsCIN, as the paper does, "alone" only those of the part.
+        Rows of `measured` with `subsets`, `wanted` (size), `largest_part`, `smallest_part`, `division_seed` and `kind`:
+        "subsets" sees all images in RsCIN, as the paper does, "alone" only those of the part.
     """
     pool = distance_pool(config, config["degrees"])
     index, frames = pool.features.index.iloc[: pool.tested], []
-    jobs = [("subsets", number) for number in config["subsets"]]
-    jobs += [("alone", math.ceil(pool.tested / size)) for size in config["sizes"] if size < pool.tested]
-    for (kind, number), seed in product(jobs, config["seeds"]):
+    jobs = [("subsets", number, None) for number in config["subsets"]]
+    jobs += [("alone", pool.tested // size, size) for size in config["sizes"] if 2 * size <= pool.tested]
+    for (kind, number, wanted), seed in product(jobs, config["seeds"]):
         parts = parts_of(pool.tested, number, seed)
         if min(map(len, parts)) < 5 or (number == 1 and seed != config["seeds"][0]):
             continue
@@ -261,7 +261,7 @@ def pile_sizes(config: dict) -> pd.DataFrame:
             scores = finished(patch, pool.features.tokens[: pool.tested], config["image_size"], config["windows"])
         sizes = {"largest_part": max(map(len, parts)), "smallest_part": min(map(len, parts))}
         rows = measured(scores, index, config["size"], pixel=kind == "subsets")
-        frames.append(rows.assign(kind=kind, subsets=number, division_seed=seed, **sizes))
+        frames.append(rows.assign(kind=kind, subsets=number, wanted=wanted, division_seed=seed, **sizes))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -1,4 +1,4 @@
-"""Tables and verdicts of MuSc's pages 22 and 24 to 27: re-scoring, references, encoders, orientation, anomaly shares."""
+"""Tables and verdicts of MuSc's pages 22 and 24 to 27: re-scoring, references, encoders, orientation, shares."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ def gains(rows: pd.DataFrame, windows: str) -> pd.DataFrame:
     frame = pd.DataFrame(table)
     frame.loc["mean"] = frame.mean()
     return frame.round(1)
+
+
+def neighbour_table(near: pd.DataFrame, rows: pd.DataFrame, windows: str) -> pd.DataFrame:
+    """Return how often neighbours of anomalous images are anomalous, by chance and by token, and MuSc's gain."""
+    near = near.set_index("category")
+    gain = gains(rows[rows["method"] == "MuSc"], windows)["MuSc", "gain"]
+    table = pd.DataFrame(
+        {"anomalous among all others": near["share"] * 100, "among the two nearest": near["near"] * 100}
+    )
+    return table.assign(**{"gain of MuSc": gain.reindex(table.index)}).round(1)
 
 
 def rescoring_verdict(rows: pd.DataFrame, windows: str, base: dict, page: str, *, method: str = "MuSc") -> Markdown:

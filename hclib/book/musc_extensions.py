@@ -79,6 +79,25 @@ def rescored(config: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def neighbour_labels(config: dict) -> pd.DataFrame:
+    """Return, for the anomalous images of a category, how many of their nearest neighbours by token are anomalous.
+
+    Args:
+        config: as for `musc_pools.pile`.
+
+    Returns:
+        One row: `category`, `near` (share among the two nearest), `share` (in the whole category).
+    """
+    features = pile({**config, "references": 0})
+    tokens = torch.nn.functional.normalize(torch.from_numpy(np.asarray(features.tokens, np.float32)), dim=1)
+    labels = features.index["label"].to_numpy()
+    similar = (tokens @ tokens.T).fill_diagonal_(-torch.inf)
+    near = labels[similar.topk(2, dim=1).indices.numpy()]  # (n, 2)
+    others = (labels.sum() - 1) / (len(labels) - 1)
+    category = str(features.index["category"].iloc[0])
+    return pd.DataFrame([{"category": category, "near": near[labels == 1].mean(), "share": others}])
+
+
 def by_group(image: np.ndarray, tokens: np.ndarray, groups: np.ndarray, windows: list[int]) -> np.ndarray:
     """Re-score image scores inside each group; a window 0 means all images of the group."""
     result = image.copy()

@@ -78,6 +78,7 @@ def sweep(
     *,
     logarithmic: bool = False,
     guide: float | None = None,
+    shared: bool = False,
 ) -> Figure:
     """Draw AUROC over a parameter: a thin line per category, a thick one for their mean, a panel per measure.
 
@@ -87,13 +88,15 @@ def sweep(
         labels: title of a panel -> label of its x axis.
         logarithmic: whether the x axis is.
         guide: x of a dotted vertical line: the method's default.
+        shared: whether the panels share the AUROC axis.
     """
-    figure, axes = plt.subplots(1, len(frames), figsize=(7.0, 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(frames), figsize=(7.0, 3.2), squeeze=False, sharey=shared)
     for ax, (title, rows) in zip(axes[0], frames.items(), strict=True):
         lines = rows.groupby([x, "category"])["auroc"].mean().unstack() * 100
         for colour, (category, values) in zip(LINES, lines.items(), strict=False):
+            values = values.dropna()
             ax.plot(values.index, values, color=colour, linewidth=1, alpha=0.75, marker=".", label=category)
-        mean = lines.mean(axis=1) if lines.notna().all(axis=None) else lines.dropna().mean(axis=1)
+        mean = lines.dropna().mean(axis=1)
         ax.plot(mean.index, mean, color=METHOD_COLOURS["MeDS"], linewidth=2.4, label="mean")
         if guide is not None:
             ax.axvline(guide, color="grey", linestyle=":", linewidth=1.2)
@@ -155,4 +158,22 @@ def growth(rows: pd.DataFrame) -> Figure:
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
     axes[0].legend(fontsize=7.5)
+    return figure
+
+
+def turn_bars(table: pd.DataFrame) -> Figure:
+    """Draw image AUROC per category in the three ways of `musc_extensions.TURNS`.
+
+    Args:
+        table: `turn_table` without its mean.
+    """
+    from hclib.book.musc_extensions import TURNS
+
+    figure, ax = plt.subplots(figsize=(7.0, 2.9))
+    for i, (way, colour) in enumerate(zip(TURNS, (LINES[2], LINES[1], LINES[5]), strict=True)):
+        ax.bar(np.arange(len(table)) + (i - 1) * 0.27, table[way], 0.25, color=colour, label=way)
+    ax.set_xticks(range(len(table)), [str(name).replace("_", "\n") for name in table.index])
+    ax.set_ylabel("image AUROC (%)")
+    ax.set_ylim(max(0, table[TURNS].min(axis=None) - 15), 101)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7.5)
     return figure

@@ -254,6 +254,11 @@ def _plain_name(printed: str) -> str:
     return next((name for name in STRATEGIES if printed.startswith(name[:3])), printed)
 
 
+def numbered(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of `ablation` with their value as a `number`: "30%" is 30."""
+    return rows.assign(number=rows["value"].str.rstrip("%").astype(float))
+
+
 def both_levels(rows: pd.DataFrame) -> pd.Series:
     """Return the mean of image and pixel AUROC (percent) per variant: the paper's "comprehensive" result."""
     means = rows[rows["level"].isin(["image", "pixel"])].groupby(["value", "level"], sort=False)["auroc"].mean()
@@ -340,4 +345,48 @@ def size_verdict(rows: pd.DataFrame, base: dict, page: str) -> Markdown:
         f"paper: {theirs}).",
         source="MuSc, 4.2 and Table 7",
         **keys_of(base, page),
+    )
+
+
+def few_images(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the image rows of piles that stand alone, and of the whole category, with `pile`: images in a part."""
+    alone = rows[(rows["kind"] == "alone") & (rows["level"] == "image")]
+    whole = rows[(rows["kind"] == "subsets") & (rows["subsets"] == 1) & (rows["level"] == "image")]
+    pile = alone["wanted"].astype(int).astype(str).str.zfill(2)
+    whole = whole.assign(pile="all", wanted=whole["largest_part"])
+    return pd.concat([alone.assign(pile=pile), whole], ignore_index=True)
+
+
+def cost_beside_paper(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the time of s subsets relative to one pile: ours, the paper's (Table 13), the difference, percent."""
+    most = rows[(rows["images"] == rows["images"].max()) & (rows["way"] == "mutual_scores")].set_index("subsets")
+    ours = 100 * most["cpu_seconds"] / most.loc[1, "cpu_seconds"]
+    paper = load_published("musc", 13).query("metric == 'ms' and method == 'MuSc'")
+    parts = paper["param_value"].str.split("|", expand=True)
+    table = pd.DataFrame({"ours": ours})
+    for backbone in dict.fromkeys(parts[0]):
+        mine = paper[parts[0] == backbone].set_index(parts[1].astype(int))["value"]
+        table[f"paper, {backbone}"] = 100 * mine / mine.loc[1]
+    table["difference"] = table["ours"] - table.drop(columns="ours").mean(axis=1)
+    return table.round(0).rename_axis("s")
+
+
+def cost_verdict(rows: pd.DataFrame, page: str, profile: str) -> Markdown:
+    """Test this book's kernel against the plain way at the most images measured: time and memory; record it."""
+    most = rows[(rows["images"] == rows["images"].max()) & (rows["subsets"] == 1)].set_index("way")
+    ours, plain = most.loc["mutual_scores"], most.loc["each against all"]
+    faster, smaller = plain["cpu_seconds"] / ours["cpu_seconds"], plain["extra_mb"] / max(1.0, ours["extra_mb"])
+    return report.claim(
+        "musc-pairs-once",
+        "Multiplying each pair of images once is at least 1.5 times as fast as scoring each image against all others, "
+        "with at most a quarter of the extra memory.",
+        bool(faster >= 1.5 and smaller >= 4),
+        f"{int(ours['images'])} images: {faster:.1f} times as fast, {ours['extra_mb']:.0f} instead of "
+        f"{plain['extra_mb']:.0f} MB beside the patches.",
+        source="this book's own",
+        page=page,
+        profile=profile,
+        dataset="random vectors",
+        encoder="none",
+        image_size=224,
     )

@@ -126,7 +126,8 @@ display(*cost.cost_verdicts(table, base))
 # %% [markdown]
 # ## Read with care
 # - Seconds were measured on two shared CPU cores; two runs differ by tens of percent. Ratios of the same run are steadier.
-# - The model assumes groups of equal size. FINCH's are not: the largest group decides.
+# - With groups of equal size the model gives a factor K. Otherwise the largest group decides: where half of all images show one
+#   product, the sum of squares cannot fall below a quarter, and no number of further products changes that.
 # - Reading patches and writing banks is linear in the number of patches for both methods; the faster the traversal, the more that
 #   common part weighs, and the smaller the ratio.
 # - The paper's PatchCore times contain its own program's choices (approximate traversal, GPU), which are not ours.

@@ -24,6 +24,7 @@ layers: list = ["block6", "block9"]  # stages of the encoder; the paper ends fou
 degrees: list = [1, 3, 5]  # neighbourhood sides of LNAMD
 windows: list = [1, 2, 3]  # windows of RsCIN, the image itself included
 sharper: list = []  # [category, image_size] pairs to score at another resolution as well
+largest: int = 160  # test images of a category; from larger ones so many are drawn at random
 mixed: int = 12  # images per category in the mixed pile
 seeds: list = [0]  # the first one draws parts and piles
 
@@ -34,7 +35,7 @@ from IPython.display import Markdown, display
 from hclib.book import musc_figures, report
 from hclib.book.experiments import one_class, recorded, scenario_configs
 from hclib.book.figures import use_style
-from hclib.book.musc_experiments import categories_of, examples, mixed_pile, zero_shot
+from hclib.book.musc_experiments import categories_of, drawn, examples, mixed_pile, zero_shot
 from hclib.book.musc_pools import pile
 from hclib.book.musc_tables import (
     classes_beside_paper,
@@ -57,7 +58,8 @@ use_style()
 # %%
 index = load_index(dataset, categories=categories or None)
 report.setting(
-    data=f"{dataset}, test images only: {report.describe(index)}. Of its training images MuSc sees none.",
+    data=f"{dataset}, test images only: {report.describe(index)}; at most {largest} test images of a category. Of the "
+    "training images MuSc sees none.",
     encoder=f"{encoder} at {image_size} px, frozen; {', '.join(layers)}",
     training="none; the class of a test image is known, as in the paper, its label is not",
     thresholds="F1-max at the best threshold per category, chosen on the test labels (oracle), as in the paper",
@@ -73,13 +75,13 @@ report.setting(
 # 3. layers and degrees are averaged, the map is upsampled, and its maximum is the image score;
 # 4. `rescore`: the image score is averaged with those of the most similar images (*RsCIN*).
 #
-# The [method page](../../methods/musc.md) has the equations. A test set larger than MVTec AD's largest class (167 images) is
-# scored in equal parts, drawn without labels; [how little that costs](23_musc_size_and_cost.ipynb) is Table 7.
+# The [method page](../../methods/musc.md) has the equations. Of categories with more test images than `largest` so many are drawn at
+# random, which keeps a pile within the sizes of the paper's classes (42 to 201 images); complete test sets stay complete.
 
 # %%
 base = {"profile": profile, "encoder": encoder, "image_size": image_size, "size": size, "method": "MuSc"}
 base |= {"layers": layers, "windows": windows, "seed": seeds[0], "options": {"degrees": degrees}}
-configs = [{**base, "dataset": name} for name in categories_of(dataset, categories)]
+configs = [{**base, "dataset": name, **drawn(name, largest)} for name in categories_of(dataset, categories)]
 results = pd.concat([recorded("musc_zero_shot", c, zero_shot) for c in configs], ignore_index=True)
 
 # %% [markdown]
@@ -144,7 +146,7 @@ diagnosis(results)
 
 # %%
 weakest = diagnosis(results).index[0]
-chosen = {**base, "dataset": f"{dataset}:{weakest}", "count": 4, "normals": 3}
+chosen = {**base, "dataset": f"{dataset}:{weakest}", **drawn(f"{dataset}:{weakest}", largest), "count": 4, "normals": 3}
 found = recorded("musc_examples", chosen, examples)
 maps = musc_figures.example_maps(pile(chosen).index, found)
 

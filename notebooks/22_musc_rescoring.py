@@ -23,6 +23,7 @@ categories: list = ["blister", "brick", "gear"]  # categories to score; [] for a
 layers: list = ["block6", "block9"]  # stages of the encoder that MuSc reads
 window_sets: list = [[1], [1, 2, 3], [1, 8, 9], [1, 0]]  # none, MVTec AD's, VisA's, all images
 clip_sets: list = []  # benchmarks whose CLIP tokens are scored: "MVTec AD", "VisA"
+largest: int = 160  # test images of a category that MuSc scores; from larger ones so many are drawn
 ratio: float = 0.1  # coreset ratio of PatchCore and HierCore
 seeds: list = [0]  # the first one seeds all methods
 
@@ -33,9 +34,15 @@ from IPython.display import Markdown, display
 from hclib.book import report
 from hclib.book.experiments import recorded
 from hclib.book.figures import use_style
-from hclib.book.musc_experiments import categories_of, zero_shot
-from hclib.book.musc_extension_tables import gains, neighbour_table, rescoring_table, rescoring_verdict
-from hclib.book.musc_extension_tables import token_table, token_verdict
+from hclib.book.musc_experiments import categories_of, drawn, zero_shot
+from hclib.book.musc_extension_tables import (
+    gains,
+    neighbour_table,
+    rescoring_table,
+    rescoring_verdict,
+    token_table,
+    token_verdict,
+)
 from hclib.book.musc_extensions import name_of, neighbour_labels, rescored, token_scores
 from hclib.book.musc_figures import score_histograms
 from hclib.data.datasets import load_index
@@ -72,7 +79,7 @@ base = {"profile": profile, "encoder": encoder, "image_size": image_size, "seed"
 scored = {**base, "layers": layers, "options": {"degrees": [1, 3, 5]}, "method": "MuSc"}
 trained = {**base, "options": {"ratio": ratio}, "train_labels": "unknown", "test_labels": "unknown"}
 names = categories_of(dataset, categories)
-jobs = [{**scored, "dataset": name} for name in names]
+jobs = [{**scored, "dataset": name, **drawn(name, largest)} for name in names]
 jobs += [{**trained, "method": "PatchCore", "dataset": name} for name in names]
 jobs += [{**trained, "method": "HierCore", "dataset": dataset}]
 frames = [recorded("musc_rescoring", {**job, "window_sets": window_sets}, rescored) for job in jobs]

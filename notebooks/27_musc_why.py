@@ -29,7 +29,6 @@ seeds: list = [0]  # the first one draws images and piles
 
 # %%
 import pandas as pd
-from IPython.display import display
 
 from hclib.book import musc_figures, report
 from hclib.book.experiments import recorded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -43,6 +44,15 @@ def categories_of(dataset: str, wanted: list[str] | None = None) -> list[str]:
 
     names = wanted or sorted(load_index(dataset)["category"].unique())
     return [f"{dataset}:{name}" for name in names]
+
+
+def drawn(dataset: str, largest: int) -> dict:
+    """Return `{"images": largest}` for a category with more test images than that, to add to a config; else nothing."""
+    from hclib.data.datasets import load_index
+
+    name, _, category = dataset.partition(":")
+    split = load_index(name, categories=[category] if category else None)["split"]
+    return {"images": largest} if (split == "test").sum() > largest else {}
 
 
 def measured(scores: Scores, index: pd.DataFrame, size: int, *, pixel: bool = True) -> pd.DataFrame:
@@ -323,6 +333,7 @@ def timings(config: dict) -> pd.DataFrame:
     torch.set_num_threads(1)
     try:
         work(patches[:6])  # libraries take their own memory once
+        _return_free_memory()
         with peak_memory() as before:
             pass
         with peak_memory() as peak:
@@ -334,6 +345,16 @@ def timings(config: dict) -> pd.DataFrame:
         torch.set_num_threads(threads)
     extra = peak["peak_mb"] - before["peak_mb"]
     return pd.DataFrame([{"cpu_seconds": seconds, "extra_mb": extra, "features_mb": patches.nbytes / 1e6}])
+
+
+def _return_free_memory() -> None:
+    """Make glibc give freed blocks back at once, so that none of an earlier call is reused unseen."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
 
 
 def _each_against_all(patches: torch.Tensor) -> None:

@@ -365,7 +365,7 @@ def cost_beside_paper(rows: pd.DataFrame) -> pd.DataFrame:
     parts = paper["param_value"].str.split("|", expand=True)
     table = pd.DataFrame({"ours": ours})
     for backbone in dict.fromkeys(parts[0]):
-        mine = paper[parts[0] == backbone].set_index(parts[1].astype(int))["value"]
+        mine = pd.Series(paper["value"].to_numpy(), parts[1].astype(int))[(parts[0] == backbone).to_numpy()]
         table[f"paper, {backbone}"] = 100 * mine / mine.loc[1]
     table["difference"] = table["ours"] - table.drop(columns="ours").mean(axis=1)
     return table.round(0).rename_axis("s")

@@ -18,7 +18,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_detect(commands)
     _add_run(commands)
+    _add_sweep(commands)
     _add_data(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -34,6 +36,12 @@ def _add_detect(commands: argparse._SubParsersAction) -> None:
     detect.add_argument("test_dir", metavar="TEST_DIR", help="images to decide on, sub-folders included")
     detect.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     detect.add_argument("--method", choices=["hiercore", "patchcore"], default="hiercore", help="grouped or one bank")
+    detect.add_argument(
+        "--clustering",
+        choices=["hdbscan", "finch"],
+        default="hdbscan",
+        help="how products are told apart; finch is the paper's",
+    )
     detect.add_argument("--encoder", default="dinov2_vits14", help="dinov2_vits14, efficientnet_lite0 or any timm name")
     detect.add_argument("--image-size", type=int, default=224, help="side in pixels that images are resized to")
     detect.add_argument("--ratio", type=float, default=0.1, help="share of normal patches kept in memory")
@@ -70,6 +78,18 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--list", action="store_true", help="list the notebooks and their parameters, run nothing")
 
 
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="compute the experiments of a grid",
+        description="Compute what is missing of the grid GRID.yml on a local Dask cluster and store it as Records. "
+        "Starting it again resumes. The format is in hclib/book/sweep.py; grids lie in notebooks/sweeps.",
+    )
+    sweep.add_argument("grid", metavar="GRID.yml", help="the grid")
+    sweep.add_argument("--workers", type=int, default=1, help="worker processes; 0: in this process (default: 1)")
+    sweep.add_argument("--limit", type=int, help="compute at most so many experiments")
+
+
 def _add_data(commands: argparse._SubParsersAction) -> None:
     data = commands.add_parser("data", help="list, fetch and check data sets")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -84,6 +104,28 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         sub = actions.add_parser(action, help=text)
         sub.add_argument("name", help="a data set name, a folder in MVTec layout, or an index .csv")
         sub.add_argument("--root", help="folder of the data set")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time the kernels against the plain way, here",
+        description="Time coreset selection, nearest-neighbour search and mutual scoring on random points of the given "
+        "size, each beside the plain way in the same run, and check that both give the same result.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.add_argument("--points", type=int, default=20_000, help="patches")
+    bench.add_argument("--channels", type=int, default=384, help="width of a patch")
+    bench.add_argument("--ratio", type=float, default=0.1, help="coreset ratio")
+    bench.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    bench.add_argument("--seed", type=int, default=0, help="seeds the points")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from hclib.book.bench import bench
+
+    print(bench(args.points, args.channels, args.ratio, args.device, args.seed).to_string(index=False))
+    return 0
 
 
 def _detect(args: argparse.Namespace) -> int:
@@ -106,6 +148,14 @@ def _run(args: argparse.Namespace) -> int:
     written = run.execute(args.profile, args.only, {k: _value(v) for k, v in args.parameters}, force=args.force)
     if args.parameters:
         print("written:", *written, sep="\n  ")
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from hclib.book import sweep
+
+    done, total = sweep.run(args.grid, workers=args.workers, limit=args.limit)
+    print(f"{done} of {total} experiments have Records")
     return 0
 
 
@@ -148,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the console script; returns the exit status, 2 for input that cannot be used."""
     args = _parser().parse_args(argv)
     try:
-        return {"detect": _detect, "run": _run, "data": _data}[args.command](args)
+        return {"detect": _detect, "run": _run, "sweep": _sweep, "data": _data, "bench": _bench}[args.command](args)
     except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
         print(f"hclib {args.command}: {error}", file=sys.stderr)
         return 2

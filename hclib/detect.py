@@ -77,6 +77,7 @@ def detect(
     out: str | Path,
     *,
     method: str = "hiercore",
+    clustering: str = "hdbscan",
     encoder: str = "dinov2_vits14",
     image_size: int = 224,
     ratio: float = 0.1,
@@ -91,9 +92,10 @@ def detect(
     """Score every image below `test_dir` against the normal images below `train_dir` and write the results to `out`.
 
     A share of the normal images is held out of the memory banks; their scores set one threshold per group, so no
-    anomaly and no label is needed. Written: `scores.csv` (`path, score, group, threshold, decision`), one heat map per
-    image under `heatmaps/`, `report.html` (self-contained), and the detector under `detector/`. Everything is written
-    aside and put in place at the end.
+    anomaly and no label is needed. Groups are found by HDBSCAN, which merges products far less often than the paper's
+    rule (the book's page on semantic centroids); `clustering="finch"` is the latter. Written: `scores.csv` (`path,
+    score, group, threshold, decision`), one heat map per image under `heatmaps/`, `report.html` (self-contained), and
+    the detector under `detector/`. Everything is written aside and put in place at the end.
 
     Raises:
         DetectError: for folders without images, unreadable images, a used output folder or too few training images.
@@ -116,7 +118,8 @@ def detect(
     train, test = features.subset(is_train), features.subset(~is_train)
     held = hold_out(len(train), holdout, seed)
     print(f"memory banks: {(~held).sum()} images; thresholds: {held.sum()} images held out", flush=True)
-    detector = METHODS[method](ratio=ratio, seed=seed, device=device).fit(train.subset(~held))
+    options = {"clustering": clustering} if method == "hiercore" else {}
+    detector = METHODS[method](ratio=ratio, seed=seed, device=device, **options).fit(train.subset(~held))
     groups = len(detector.banks) if method == "hiercore" else 1
     normal = detector.score(train.subset(held))
     limits = normal_thresholds(normal.image, normal.group, quantile=quantile)
@@ -133,6 +136,7 @@ def detect(
         rule = "median + 4.5 MAD" if quantile is None else f"quantile {quantile:g}"
         conditions = {
             "method": f"{type(detector).__name__}, coreset ratio {ratio:g}, seed {seed}",
+            "groups": f"{groups}, by {clustering}" if method == "hiercore" else "1",
             "encoder": f"{encoder} at {image_size} px, weights {features.encoder['weights_hash'][:12]}",
             "normal images": f"{(~held).sum()} in the banks, {held.sum()} held out for thresholds",
             "thresholds": f"{rule} of the held-out normal scores, per group where it has enough of them",

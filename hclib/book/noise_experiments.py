@@ -118,6 +118,10 @@ def epoch_criterion(test: Features) -> Callable[[Scores], float]:
 def fit_noisy(config: dict) -> tuple[dict[str, Scores], dict, Features]:
     """Fit the detector of a config on its contaminated training set and score its test set.
 
+    Args:
+        config: as for `noisy_features`, with `method`, `options`, `seed`; `synthetic`, the share of synthetic anomalies
+            that FUN-AD gets beside the training images (none by default).
+
     Returns:
         Scores by epoch ("last", and "test" for FUN-AD, whose best epoch by test labels is kept beside the last one),
         facts (counts, seconds, FUN-AD's history as lists), and the test features.
@@ -128,6 +132,10 @@ def fit_noisy(config: dict) -> tuple[dict[str, Scores], dict, Features]:
     extra = {}
     if config["method"] == "FunAD":
         extra = {"validation": test, "criterion": epoch_criterion(test), "truth": patch_truth(train)}
+        if config.get("synthetic"):
+            from hclib.book.noise_synthesis import synthetic_features
+
+            extra["synthetic"] = synthetic_features(train, config)
     start = time.perf_counter()
     detector.fit(train, **extra)
     fitted = time.perf_counter()

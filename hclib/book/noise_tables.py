@@ -46,13 +46,15 @@ def paper_table1() -> pd.DataFrame:
 
 
 def beside_table1(results: pd.DataFrame) -> pd.DataFrame:
-    """Return ours (mean over seeds), the paper's and the difference, in points of AUROC, for each ratio."""
+    """Return ours (mean over seeds), the paper's and the difference for each ratio, in percent and points of AUROC."""
     rows = named(results).query("category == 'mean' and test_set == 'own'")
     ours = rows.groupby(["level", "method", "noise"], as_index=False)["auroc"].mean()
     table = ours.assign(ours=ours.pop("auroc") * 100).merge(paper_table1(), on=["level", "method", "noise"], how="left")
     table["difference"] = table["ours"] - table["paper"]
-    wide = table.pivot(index=["level", "method"], columns="noise", values=["ours", "paper", "difference"])
-    return wide.reindex([key for key in sorted(wide.index, key=lambda k: (k[0], ORDER.index(k[1])))]).round(1)
+    long = table.melt(["level", "method", "noise"], ["ours", "paper", "difference"], "AUROC in %").dropna()
+    wide = long.pivot(index=["level", "method", "AUROC in %"], columns="noise", values="value")
+    order = pd.MultiIndex.from_product([["image", "pixel"], ORDER, ["ours", "paper", "difference"]])
+    return wide.reindex([key for key in order if key in wide.index]).round(1).fillna("")
 
 
 def slopes(results: pd.DataFrame) -> pd.DataFrame:
@@ -157,4 +159,4 @@ def cost_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return mean seconds of fitting and scoring and the peak memory of each method (encoding not included)."""
     rows = named(results).query("category == 'mean' and level == 'image' and test_set == 'own' and epoch == 'last'")
     means = rows.groupby("method")[["fit_seconds", "score_seconds", "peak_mb"]].mean()
-    return means.reindex([m for m in ORDER if m in means.index]).round(0)
+    return means.reindex([m for m in ORDER if m in means.index]).round({"peak_mb": 0}).round(1)

@@ -60,7 +60,7 @@ def test_all_components_are_a_rotation_and_fewer_shorten(made):
     before, same, shorter = (torch.cdist(p, p) for p in points)
     torch.testing.assert_close(same, before, rtol=1e-3, atol=1e-3)
     assert (shorter <= before + 1e-3).all()
-    assert whole.encoder["variance_kept"] == 1 and 0.5 < few.encoder["variance_kept"] < 1
+    assert whole.encoder["variance_kept"] == 1 and 0.3 < few.encoder["variance_kept"] < 1
 
 
 def test_common_images_are_the_largest_ratios_test_set(made):

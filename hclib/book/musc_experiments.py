@@ -387,7 +387,7 @@ def patch_histograms(config: dict) -> pd.DataFrame:
     for quantity, values in quantities.items():
         kinds = {"normal": values[~masked].ravel(), "anomalous": values[masked].ravel()}
         kinds = {kind: v[np.isfinite(v)] for kind, v in kinds.items()}
-        edges = np.linspace(0, np.quantile(np.concatenate(list(kinds.values())), 0.999), config["bins"] + 1)
+        edges = np.linspace(0, max(np.quantile(v, 0.999) for v in kinds.values()), config["bins"] + 1)
         counts = {kind: np.histogram(np.clip(v, 0, edges[-1]), edges)[0] for kind, v in kinds.items()}
         shared = np.minimum(*(c / max(1, c.sum()) for c in counts.values())).sum()
         facts = {"quantity": quantity, "edges": edges.tolist(), "overlap": shared}

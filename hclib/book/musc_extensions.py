@@ -23,7 +23,7 @@ from hclib.methods.musc import aggregate, mutual_scores, rescore
 from hclib.paths import cache_dir, data_roots
 
 IMAGE = ["auroc", "f1_max", "ap"]
-TURNS = ["as they are", "turned", "turned, nearest of four turns"]
+TURNS = ["as they are", "as they are, nearest turn", "turned", "turned, nearest turn"]
 
 
 def reference_images(config: dict) -> pd.DataFrame:
@@ -158,8 +158,8 @@ def clip_test_set(dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def turned_images(config: dict) -> pd.DataFrame:
     """Turn every image of a category by a random multiple of 90 degrees and score it again (section A.3).
 
-    The square that the encoder sees is turned, so that no pixel is interpolated and no border appears. In the third way
-    an image's distance to another is the smallest over the other's four turns.
+    The square that the encoder sees is turned, so that no pixel is interpolated and no border appears. "Nearest turn"
+    means that an image's distance to another is the smallest over the other's four turns.
 
     Args:
         config: as for `musc_pools.pile`, with `degrees, size, windows` and `seeds` (draws of the turns).
@@ -173,15 +173,15 @@ def turned_images(config: dict) -> pd.DataFrame:
     layers, degrees = list(features.maps), config["degrees"]
     side = next(iter(features.maps.values())).shape[1]
     turns = [np.random.default_rng(seed).integers(0, 4, count) for seed in config["seeds"]]
-    jobs = [(TURNS[0], config["seeds"][0], np.zeros(count, int))]
-    jobs += [(way, seed, drawn) for seed, drawn in zip(config["seeds"], turns, strict=True) for way in TURNS[1:]]
+    jobs = [(way, config["seeds"][0], np.zeros(count, int)) for way in TURNS[:2]]
+    jobs += [(way, seed, drawn) for seed, drawn in zip(config["seeds"], turns, strict=True) for way in TURNS[2:]]
     totals = [np.zeros((count, side, side)) for _ in jobs]
     for layer, degree in product(layers, degrees):
         patches = aggregate(features.maps[layer], degree)
         distances = patch_to_image(patches, patches).numpy().reshape(4 * count, side * side, count, 4)
         for total, (way, _, drawn) in zip(totals, jobs, strict=True):
             part = distances[4 * np.arange(count) + drawn]  # (n, P, n, 4)
-            part = part.min(3) if way == TURNS[2] else part[:, :, np.arange(count), drawn]
+            part = part.min(3) if way.endswith("nearest turn") else part[:, :, np.arange(count), drawn]
             scores = mutual(part, np.arange(count), np.arange(count)).reshape(count, side, side)
             total += np.stack([np.rot90(one, -k) for one, k in zip(scores, drawn, strict=True)])
     frames = []

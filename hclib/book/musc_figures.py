@@ -161,19 +161,22 @@ def growth(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def turn_bars(table: pd.DataFrame) -> Figure:
-    """Draw image AUROC per category in the three ways of `musc_extensions.TURNS`.
+def turn_points(table: pd.DataFrame) -> Figure:
+    """Draw image AUROC per category in the four ways of `musc_extensions.TURNS`.
 
     Args:
         table: `turn_table` without its mean.
     """
     from hclib.book.musc_extensions import TURNS
 
-    figure, ax = plt.subplots(figsize=(7.0, 2.9))
-    for i, (way, colour) in enumerate(zip(TURNS, (LINES[2], LINES[1], LINES[5]), strict=True)):
-        ax.bar(np.arange(len(table)) + (i - 1) * 0.27, table[way], 0.25, color=colour, label=way)
+    figure, ax = plt.subplots(figsize=(7.0, 3.0))
+    looks = zip(
+        TURNS, (LINES[0], LINES[0], LINES[1], LINES[1]), ("o", "*", "o", "*"), (-0.15, -0.05, 0.05, 0.15), strict=True
+    )
+    for way, colour, marker, shift in looks:
+        place = np.arange(len(table)) + shift
+        ax.plot(place, table[way], marker, color=colour, markersize=11 if marker == "*" else 7, label=way)
     ax.set_xticks(range(len(table)), [str(name).replace("_", "\n") for name in table.index])
     ax.set_ylabel("image AUROC (%)")
-    ax.set_ylim(max(0, table[TURNS].min(axis=None) - 15), 101)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=7.5)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=7.5)
     return figure

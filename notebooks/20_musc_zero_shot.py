@@ -1,10 +1,10 @@
 # %% [markdown]
 # # MuSc: unlabelled images judge each other (MuSc, Tables 1, 2, 14, 17 and 18)
 #
-# **The claim.** No training set, no labels, no text prompts: MuSc takes a pile of unlabelled test images and lets them score
-# each other. A normal patch finds similar patches in many other images, a defect in few. The paper reports an image AUROC of
-# 97.8 % on MVTec AD and 92.8 % on VisA, above all zero-shot and most few-shot methods, and not far below methods that see
-# every normal training image.
+# **The claim.** No training set, no labels, no text prompts: MuSc takes a pile of unlabelled test images and lets them
+# score each other. A normal patch finds similar patches in many other images, a defect in few. The paper reports an
+# image AUROC of 97.8 % on MVTec AD and 92.8 % on VisA, above all zero-shot and most few-shot methods, and not far below
+# methods that see every normal training image.
 #
 # **Goals**
 # - score every category by MuSc alone and read the seven metrics of Tables 17 and 18;
@@ -70,13 +70,14 @@ report.setting(
 # ## The method in four steps
 #
 # 1. `aggregate`: patch vectors are averaged over 1 x 1, 3 x 3 and 5 x 5 neighbours (*LNAMD*);
-# 2. `mutual_scores`: a patch's distance to another image is that to its nearest patch there; the patch scores the mean of the
-#    smallest 30 % of these distances (*MSM with the interval average*);
+# 2. `mutual_scores`: a patch's distance to another image is that to its nearest patch there; the patch scores the mean
+#    of the smallest 30 % of these distances (*MSM with the interval average*);
 # 3. layers and degrees are averaged, the map is upsampled, and its maximum is the image score;
 # 4. `rescore`: the image score is averaged with those of the most similar images (*RsCIN*).
 #
-# The [method page](../../methods/musc.md) has the equations. Of categories with more test images than `largest` so many are drawn at
-# random, which keeps a pile within the sizes of the paper's classes (42 to 201 images); complete test sets stay complete.
+# The [method page](../../methods/musc.md) has the equations. Of categories with more test images than `largest` so many
+# are drawn at random, which keeps a pile within the sizes of the paper's classes (42 to 201 images); complete test sets
+# stay complete.
 
 # %%
 base = {"profile": profile, "encoder": encoder, "image_size": image_size, "size": size, "method": "MuSc"}
@@ -96,7 +97,8 @@ zero_shot_table(results)
 #
 # ## Ours, the paper's, the difference
 #
-# Other products, another encoder, a quarter of the patches: the means say whether we are in the same region, not who is better.
+# Other products, another encoder, a quarter of the patches: the means say whether we are in the same region, not who is
+# better.
 
 # %%
 means_beside_paper(results)
@@ -114,8 +116,8 @@ same if len(same) else Markdown("*None of these categories is in the paper.*")
 # %% [markdown]
 # ## Table 2 here: what do all normal training images add?
 #
-# PatchCore (coreset of 10 %, one bank per category) on the same encoder and resolution, given the complete training set. Its
-# Records are those of [one class or many](11_hiercore_one_vs_multi.ipynb).
+# PatchCore (coreset of 10 %, one bank per category) on the same encoder and resolution, given the complete training
+# set. Its Records are those of [one class or many](11_hiercore_one_vs_multi.ipynb).
 
 # %%
 shared = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
@@ -135,14 +137,14 @@ panels = musc_figures.score_histograms(results)
 diagnosis(results)
 
 # %% [markdown]
-# *Percent, weakest category first. "Hits" is the share of anomalous images whose highest-scoring patch lies
-# inside the ground-truth mask. A low image AUROC with a high share of hits means that defects are found but normal images score
-# as high; with a low share, that something else in the image looks rarer than the defect.*
+# *Percent, weakest category first. "Hits" is the share of anomalous images whose highest-scoring patch lies inside the
+# ground-truth mask. A low image AUROC with a high share of hits means that defects are found but normal images score as
+# high; with a low share, that something else in the image looks rarer than the defect.*
 #
 # ## The weakest category, looked at
 #
-# Anomalous images from the lowest to the highest score, then normal ones likewise; above each its score. Where the pixels
-# may not be published, the maps stand alone.
+# Anomalous images from the lowest to the highest score, then normal ones likewise; above each its score. Where the
+# pixels may not be published, the maps stand alone.
 
 # %%
 weakest = diagnosis(results).index[0]
@@ -156,10 +158,10 @@ weakness(results)
 # %% [markdown]
 # ## Beyond the paper: a pile of several unknown products
 #
-# MuSc is told the product: each class is a pile of its own. A real pile may mix products. If nobody sorts them, the nearest 30 %
-# of the images reach beyond a patch's own product, and the average fills with distances to things that were never alike. Two remedies
-# need no labels: take a smaller share, one product's, or let FINCH cluster the image tokens first (as HierCore does for its
-# memory banks) and score inside the clusters.
+# MuSc is told the product: each class is a pile of its own. A real pile may mix products. If nobody sorts them, the
+# nearest 30 % of the images reach beyond a patch's own product, and the average fills with distances to things that
+# were never alike. Two remedies need no labels: take a smaller share, one product's, or let FINCH cluster the image
+# tokens first (as HierCore does for its memory banks) and score inside the clusters.
 
 # %%
 count = index["category"].nunique()
@@ -172,8 +174,8 @@ piles = recorded("musc_mixed", mix, mixed_pile)
 mixed_table(piles)
 
 # %% [markdown]
-# *AUROC in percent, mean over categories. "One scale" is the image AUROC over all products together, which is what a single
-# threshold sees.*
+# *AUROC in percent, mean over categories. "One scale" is the image AUROC over all products together, which is what a
+# single threshold sees.*
 #
 # ## What holds, what does not
 
@@ -186,9 +188,10 @@ mixed_verdict(piles, shared)
 # %% [markdown]
 # ## Read with care
 # - F1-max is an oracle: its threshold saw the test labels. AUROC, AP and AUPRO use none.
-# - MuSc is transductive. An image's score depends on the others in the pile, and a pile of one image cannot be scored at all.
-# - The share of anomalous images differs a lot between categories (table above). [Why it works](27_musc_why.ipynb) asks how high it
-#   may rise.
+# - MuSc is transductive. An image's score depends on the others in the pile, and a pile of one image cannot be scored
+#   at all.
+# - The share of anomalous images differs a lot between categories (table above). [Why it works](27_musc_why.ipynb) asks
+#   how high it may rise.
 #
 # ## Goals, answered
 # - The first table has the seven metrics of every category, the next two the paper's beside them.

@@ -1,13 +1,14 @@
 # %% [markdown]
 # # What each part of MuSc does (MuSc, Tables 3, 4, 9 and 10, Figures 7 and 8)
 #
-# **The claim.** Three choices carry the method. *Several neighbourhood sizes* are better than any single one, because defects come in
-# several sizes. The *mean of the nearest 30 %* of the images is better than the nearest image (which may carry the same
-# defect), the farthest, or the mean of all (to which a normal patch that only some images show looks rare). And *several small windows* in
-# the re-scoring are better than one window, large or small.
+# **The claim.** Three choices carry the method. *Several neighbourhood sizes* are better than any single one, because
+# defects come in several sizes. The *mean of the nearest 30 %* of the images is better than the nearest image (which
+# may carry the same defect), the farthest, or the mean of all (to which a normal patch that only some images show looks
+# rare). And *several small windows* in the re-scoring are better than one window, large or small.
 #
 # **Goals**
-# - vary the aggregation degrees (Tables 3 and 9), the sampling strategy (Table 4) and the interval (Table 10, Figure 7);
+# - vary the aggregation degrees (Tables 3 and 9), the sampling strategy (Table 4) and the interval (Table 10, Figure
+#   7);
 # - vary the windows of the re-scoring (Figure 8) and the layers of the encoder;
 # - put the change against the default beside the paper's change.
 
@@ -56,9 +57,9 @@ report.setting(
 # %% [markdown]
 # ## One set of distances, every variant
 #
-# All these variants select among the same numbers: how far patch $p$ of image $i$ is from image $j$, for a layer and a degree. They are
-# computed once per category and cached; a variant is then a selection of degrees, layers and ranks. Everything not varied
-# is the default: degrees {1,3,5}, mean of the nearest 30 %, windows 1, 2, 3.
+# All these variants select among the same numbers: how far patch $p$ of image $i$ is from image $j$, for a layer and a
+# degree. They are computed once per category and cached; a variant is then a selection of degrees, layers and ranks.
+# Everything not varied is the default: degrees {1,3,5}, mean of the nearest 30 %, windows 1, 2, 3.
 
 # %%
 base = {"profile": profile, "encoder": encoder, "image_size": image_size, "size": size, "method": "MuSc"}
@@ -79,8 +80,8 @@ variant_table(parts["degrees"], 3, "{1,3,5}")
 variant_table(parts["degrees"], 9, "{1,3,5}")
 
 # %% [markdown]
-# *AUROC in percent, means over categories. "Change" is against {1,3,5}; then the paper's change on its two benchmarks, and our change minus the
-# mean of theirs.*
+# *AUROC in percent, means over categories. "Change" is against {1,3,5}; then the paper's change on its two benchmarks,
+# and our change minus the mean of theirs.*
 #
 # ## Table 4 here: which of the distances count
 
@@ -89,8 +90,8 @@ variant_table(parts["degrees"], 9, "{1,3,5}")
 variant_table(parts["strategy"], 4, "(f) 30 % + mean")
 
 # %% [markdown]
-# (a) and (d) are the same thing: the smallest distance is in the lowest 30 %, too. Both ask for *one* similar patch in the whole pile,
-# which a defect that occurs twice can offer. (b) asks for the worst match anywhere.
+# (a) and (d) are the same thing: the smallest distance is in the lowest 30 %, too. Both ask for *one* similar patch in
+# the whole pile, which a defect that occurs twice can offer. (b) asks for the worst match anywhere.
 #
 # ## Table 10 here: leaving out the nearest few
 
@@ -98,12 +99,13 @@ variant_table(parts["strategy"], 4, "(f) 30 % + mean")
 variant_table(parts["interval"], 10, "0%~30%")
 
 # %% [markdown]
-# Leaving out the nearest images should help against defects that occur several times, and cost normal patches that only a few other images
-# show.
+# Leaving out the nearest images should help against defects that occur several times, and cost normal patches that only
+# a few other images show.
 #
 # ## Figure 7 here: how large a share
 #
-# The curve should rise from a few nearest images, where chance matches decide, to a flat top, and fall towards the mean of all.
+# The curve should rise from a few nearest images, where chance matches decide, to a flat top, and fall towards the mean
+# of all.
 
 # %%
 shares = numbered(parts["fraction"])
@@ -111,8 +113,8 @@ panels = {f"{level} level": shares[shares["level"] == level] for level in ("imag
 figure = musc_figures.sweep(panels, "number", dict.fromkeys(panels, "nearest images that count (%)"), guide=30)
 
 # %% [markdown]
-# *AUROC over the share of nearest images that are averaged; thin lines are categories, the thick one their mean; dotted: the
-# default.*
+# *AUROC over the share of nearest images that are averaged; thin lines are categories, the thick one their mean;
+# dotted: the default.*
 #
 # ## Figure 8 here: windows of the re-scoring
 
@@ -130,8 +132,8 @@ layer_means = parts["layer"].groupby(["value", "level"], sort=False)["auroc"].me
 layer_means.round(1).rename_axis("layer")
 
 # %% [markdown]
-# *AUROC in percent of a single layer. The paper averages the ends of four equal stages. This encoder comes out of a saliency
-# model; if its last block is much worse than the middle ones, the average pays for it.*
+# *AUROC in percent of a single layer. The paper averages the ends of four equal stages. This encoder comes out of a
+# saliency model; if its last block is much worse than the middle ones, the average pays for it.*
 #
 # ## What holds, what does not
 
@@ -190,8 +192,8 @@ display(
 # ## Read with care
 # - Categories are few and some small; a change below a point of AUROC is within what another draw of images would give.
 # - The paper prints other numbers for {1} and {1,3} in Table 9 than in Table 3; both are shown as printed.
-# - Table 4 compares by image and pixel AUROC, which do not always agree on the winner; the verdicts take their mean, the paper's
-#   "comprehensive results".
+# - Table 4 compares by image and pixel AUROC, which do not always agree on the winner; the verdicts take their mean,
+#   the paper's "comprehensive results".
 #
 # ## Goals, answered
 # - The tables give every variant's AUROC and its change, with the paper's changes beside them.

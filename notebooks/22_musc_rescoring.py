@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Re-scoring by the image neighbourhood (MuSc, Tables 5 and 11, Figure 5)
 #
-# **The claim.** The maximum of a map is a nervous image score: one odd speck on a good part raises it. Images that look alike as a whole
-# should have similar scores. RsCIN therefore averages an image's score with those of its few most similar images, by the similarity of their
-# class tokens. The paper gains 0.4 points of AUROC on MVTec AD and 2.8 on VisA for MuSc (Table 5), and says that the module can be plugged
-# into any method (Table 11).
+# **The claim.** The maximum of a map is a nervous image score: one odd speck on a good part raises it. Images that look
+# alike as a whole should have similar scores. RsCIN therefore averages an image's score with those of its few most
+# similar images, by the similarity of their class tokens. The paper gains 0.4 points of AUROC on MVTec AD and 2.8 on
+# VisA for MuSc (Table 5), and says that the module can be plugged into any method (Table 11).
 #
-# It must also be able to do harm: if the nearest neighbours of a defective image are good ones, its score is pulled down to
-# theirs. Whether it helps depends on whether the image token sees the defect.
+# It must also be able to do harm: if the nearest neighbours of a defective image are good ones, its score is pulled
+# down to theirs. Whether it helps depends on whether the image token sees the defect.
 #
 # **Goals**
 # - re-score MuSc, PatchCore and HierCore with the windows of the paper (Tables 5 and 11);
@@ -71,8 +71,8 @@ report.setting(
 #
 # $$\hat c_i = \frac{1}{K} \sum_k \frac{\sum_{j \in N_k(i)} w_{ij} c_j}{\sum_{j \in N_k(i)} w_{ij}} .$$
 #
-# Window 1 is the score itself. The paper's windows 2, 3 (MVTec AD) and 8, 9 (VisA) are 1, 2, 3 and 1, 8, 9 here. Weights sum to one, so that
-# scores keep their unit.
+# Window 1 is the score itself. The paper's windows 2, 3 (MVTec AD) and 8, 9 (VisA) are 1, 2, 3 and 1, 8, 9 here.
+# Weights sum to one, so that scores keep their unit.
 
 # %%
 base = {"profile": profile, "encoder": encoder, "image_size": image_size, "seed": seeds[0]}
@@ -114,8 +114,8 @@ rescoring_table(results[results["method"] == "PatchCore"], usual, patchcore)
 gains(results, usual)
 
 # %% [markdown]
-# *Image AUROC in percent without re-scoring, and the gain with windows 1, 2, 3. HierCore's images are re-scored inside the group they were
-# routed to.*
+# *Image AUROC in percent without re-scoring, and the gain with windows 1, 2, 3. HierCore's images are re-scored inside
+# the group they were routed to.*
 #
 # ## Larger windows
 
@@ -126,16 +126,17 @@ means.round(1)
 # %% [markdown]
 # ## When it helps
 #
-# Re-scoring moves an image towards its neighbours. So the question for a category is how often the nearest images, by token, have
-# the image's own label, and whether that is more than chance. Below, for anomalous images: the share of anomalous ones among their two
-# nearest neighbours, beside the share in the whole test set.
+# Re-scoring moves an image towards its neighbours. So the question for a category is how often the nearest images, by
+# token, have the image's own label, and whether that is more than chance. Below, for anomalous images: the share of
+# anomalous ones among their two nearest neighbours, beside the share in the whole test set.
 
 # %%
 neighbours = pd.concat([recorded("musc_neighbours", job, neighbour_labels) for job in jobs[: len(names)]])
 neighbour_table(neighbours, results, usual)
 
 # %% [markdown]
-# *Percent. Where the first two columns are close, the token does not see the defect, and re-scoring averages at random.*
+# *Percent. Where the first two columns are close, the token does not see the defect, and re-scoring averages at
+# random.*
 #
 # ## The scores, before and after
 #
@@ -148,9 +149,10 @@ figure = score_histograms(pd.concat([recorded("musc_zero_shot", job, zero_shot) 
 # %% [markdown]
 # ## On the paper's own images: CLIP tokens of MVTec AD and VisA
 #
-# The patch features of these benchmarks are not here, but the class tokens of all their test images are. Two scores can be made of tokens alone: the
-# distance of an image's token to the nearest 30 % of the others of its class (mutual scoring with one patch per image), and to the nearest one. They are
-# much weaker than patches, but the images and the tokens are the paper's.
+# The patch features of these benchmarks are not here, but the class tokens of all their test images are. Two scores can
+# be made of tokens alone: the distance of an image's token to the nearest 30 % of the others of its class (mutual
+# scoring with one patch per image), and to the nearest one. They are much weaker than patches, but the images and the
+# tokens are the paper's.
 
 # %%
 paper = {"profile": profile, "encoder": "CLIP ViT-L/14-336", "image_size": 518, "method": "MuSc"}
@@ -159,8 +161,8 @@ tokens = pd.concat([recorded("musc_token_scores", job, token_scores) for job in 
 token_table(tokens) if jobs else Markdown("*No token set in this profile.*")
 
 # %% [markdown]
-# *Image AUROC in percent, mean over classes. Score and neighbourhood are made of the same tokens here: the neighbours of an outlying
-# token are other outlying tokens, or nothing near at all.*
+# *Image AUROC in percent, mean over classes. Score and neighbourhood are made of the same tokens here: the neighbours
+# of an outlying token are other outlying tokens, or nothing near at all.*
 #
 # ## What holds, what does not
 
@@ -175,8 +177,10 @@ token_verdict(tokens, windows, page, profile) if jobs else Markdown("*No token s
 
 # %% [markdown]
 # ## Read with care
-# - The windows of the paper were chosen per benchmark. Choosing them by the AUROC of the test set, as Figure 8 does, is a look at the labels.
-# - The neighbourhood here uses the token of block 11 of a small encoder, the paper's the projected class token of CLIP ViT-L/14.
+# - The windows of the paper were chosen per benchmark. Choosing them by the AUROC of the test set, as Figure 8 does, is
+#   a look at the labels.
+# - The neighbourhood here uses the token of block 11 of a small encoder, the paper's the projected class token of CLIP
+#   ViT-L/14.
 # - A category with nothing left to gain cannot show a gain.
 #
 # ## Goals, answered

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # How many images, at what cost? (MuSc, Tables 6, 7 and 13)
 #
-# **The claim.** Every image is compared with every other, so time grows with the square of the pile. The paper's answer is to divide: score
-# $s$ subsets apart and join the results. On MVTec AD three subsets halve the time and the AUROC falls by about a point; so small piles
-# suffice, too.
+# **The claim.** Every image is compared with every other, so time grows with the square of the pile. The paper's answer
+# is to divide: score $s$ subsets apart and join the results. On MVTec AD three subsets halve the time and the AUROC
+# falls by about a point; so small piles suffice, too.
 #
 # **Goals**
 # - divide each category into two and three subsets, several times, and measure the loss (Table 7);
@@ -54,8 +54,8 @@ report.setting(
 # %% [markdown]
 # ## Table 7 here: two and three subsets
 #
-# Patches are scored inside their subset; the image scores of all subsets are re-scored together and measured together, as in the paper. Each
-# division is repeated with other seeds.
+# Patches are scored inside their subset; the image scores of all subsets are re-scored together and measured together,
+# as in the paper. Each division is repeated with other seeds.
 
 # %%
 base = {"profile": profile, "encoder": encoder, "image_size": image_size, "size": size, "method": "MuSc"}
@@ -69,8 +69,8 @@ results = pd.concat([recorded("musc_sizes", c, pile_sizes) for c in configs], ig
 size_table(results)
 
 # %% [markdown]
-# *AUROC in percent, mean over categories, ± standard deviation over divisions. "Change" is against one pile; then the paper's change on
-# its two benchmarks, and our change minus the mean of theirs.*
+# *AUROC in percent, mean over categories, ± standard deviation over divisions. "Change" is against one pile; then the
+# paper's change on its two benchmarks, and our change minus the mean of theirs.*
 
 # %%
 size_verdict(results, {**base, "dataset": dataset}, "23_musc_size_and_cost")
@@ -78,8 +78,9 @@ size_verdict(results, {**base, "dataset": dataset}, "23_musc_size_and_cost")
 # %% [markdown]
 # ## Beyond the paper: how few images suffice?
 #
-# Now the parts are on their own: re-scoring, too, sees only the images of the part. The left end is what MuSc can do with a handful of
-# unlabelled images. Fewer than five cannot be scored at all: 30 % of four others is less than two, and of three less than one.
+# Now the parts are on their own: re-scoring, too, sees only the images of the part. The left end is what MuSc can do
+# with a handful of unlabelled images. Fewer than five cannot be scored at all: 30 % of four others is less than two,
+# and of three less than one.
 
 # %%
 alone = few_images(results)
@@ -87,7 +88,8 @@ title = "piles on their own, and the whole"
 curve = musc_figures.sweep({title: alone}, "wanted", {title: "images in a pile"}, logarithmic=True)
 
 # %% [markdown]
-# *Image AUROC over the size of the pile. All parts of a category are ranked together. Thin lines: categories; thick: their mean.*
+# *Image AUROC over the size of the pile. All parts of a category are ranked together. Thin lines: categories; thick:
+# their mean.*
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -98,9 +100,9 @@ alone.groupby(["pile", "category"])["auroc"].mean().mul(100).unstack("category")
 #
 # ## Tables 6 and 13 here: time and memory
 #
-# One layer and one degree of random unit vectors, one thread of a CPU: 256 patches an image, 384 channels. `mutual_scores` multiplies
-# each pair of images once and reads the product in both directions; the plain way compares each image with all the others, as the
-# reference program does.
+# One layer and one degree of random unit vectors, one thread of a CPU: 256 patches an image, 384 channels.
+# `mutual_scores` multiplies each pair of images once and reads the product in both directions; the plain way compares
+# each image with all the others, as the reference program does.
 
 # %%
 cost = {"profile": profile, "dataset": "random vectors", "encoder": "none", "method": "MuSc", "seed": 0}
@@ -114,23 +116,23 @@ measured = pd.concat([recorded("musc_timings", job, timings) for job in jobs], i
 figure = musc_figures.growth(measured[measured["subsets"] == 1])
 
 # %% [markdown]
-# *CPU seconds and memory beyond the patches, per layer and degree, over the number of images. Twelve such passes (four stages, three degrees)
-# make a score.*
+# *CPU seconds and memory beyond the patches, per layer and degree, over the number of images. Twelve such passes (four
+# stages, three degrees) make a score.*
 
 # %%
 cost_beside_paper(measured)
 
 # %% [markdown]
-# *Time of $s$ subsets relative to one pile. The paper's milliseconds include the encoder, which does not get cheaper by dividing; ours are
-# the mutual scoring alone.*
+# *Time of $s$ subsets relative to one pile. The paper's milliseconds include the encoder, which does not get cheaper by
+# dividing; ours are the mutual scoring alone.*
 
 # %%
 cost_verdict(measured, "23_musc_size_and_cost", profile)
 
 # %% [markdown]
 # ## Read with care
-# - A part of a few images holds few normal ones where anomalies are the majority; how high their share may rise is asked in
-#   [why it works](27_musc_why.ipynb).
+# - A part of a few images holds few normal ones where anomalies are the majority; how high their share may rise is
+#   asked in [why it works](27_musc_why.ipynb).
 # - Subsets put scores of different piles on one scale. A pile with many anomalies scores lower than one with few.
 # - Seconds are CPU seconds of one thread on a shared machine; read ratios.
 #

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # With a few normal images: MuSc and MuSc+ (MuSc, Tables 15 and 16)
 #
-# **The claim.** If some normal reference images are at hand, they can simply join the pile; that changes little, because the unlabelled images already
-# hold plenty of normal patches (Table 15: 97.8 % without, 97.8 % with eight). Or the unlabelled images can be left out and patches measured by their
-# nearest reference patch, which the paper calls MuSc+ (Table 16): that is worse with few references and better with many.
+# **The claim.** If some normal reference images are at hand, they can simply join the pile; that changes little,
+# because the unlabelled images already hold plenty of normal patches (Table 15: 97.8 % without, 97.8 % with eight). Or
+# the unlabelled images can be left out and patches measured by their nearest reference patch, which the paper calls
+# MuSc+ (Table 16): that is worse with few references and better with many.
 #
 # **Goals**
 # - let k reference images join the scoring (Table 15);
@@ -61,19 +62,21 @@ results = pd.concat([recorded("musc_references", c, reference_images) for c in c
 # %% [markdown]
 # ## Table 15 here: references join the pile
 #
-# With $N$ test images and $k$ references, a patch of a test image is compared with $N - 1 + k$ images, and the nearest 30 % of them count.
+# With $N$ test images and $k$ references, a patch of a test image is compared with $N - 1 + k$ images, and the nearest
+# 30 % of them count.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 reference_table(results, "MuSc", 15)
 
 # %% [markdown]
-# *AUROC in percent, mean over categories, ± standard deviation over draws of the references. "Change" is against k = 0, the paper's change likewise.*
+# *AUROC in percent, mean over categories, ± standard deviation over draws of the references (where k is all that may be
+# drawn, every draw is the same). "Change" is against k = 0, the paper's change likewise.*
 #
 # ## Table 16 here: references alone
 #
-# A patch scores its distance to the nearest patch of any reference image (Eqs. 9 to 11); the other test images only take part in the
-# re-scoring.
+# A patch scores its distance to the nearest patch of any reference image (Eqs. 9 to 11); the other test images only
+# take part in the re-scoring.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -109,10 +112,10 @@ display(*reference_verdicts(results, {**base, "dataset": dataset}, "24_musc_refe
 
 # %% [markdown]
 # ## Read with care
-# - References are normal for sure, unlabelled images are not. Where anomalies are the majority of the test set, a handful of references changes
-#   the balance more than the paper's table suggests.
-# - Training and test images of some sets were not taken under the same conditions; a test patch can then be far from every reference
-#   although it is normal.
+# - References are normal for sure, unlabelled images are not. Where anomalies are the majority of the test set, a
+#   handful of references changes the balance more than the paper's table suggests.
+# - Training and test images of some sets were not taken under the same conditions; a test patch can then be far from
+#   every reference although it is normal.
 #
 # ## Goals, answered
 # - The first table shows what k references add to MuSc.

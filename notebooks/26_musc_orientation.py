@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Turned parts (MuSc, Table 12)
 #
-# **The claim.** Screws and nuts lie on the table as they fall. A vision transformer encodes position and direction, so that the same thread, turned, is another patch. The paper finds
-# MuSc weaker on the classes of inconsistent orientation or scale: 87.6 % image AUROC on five of them against 97.8 % on all of MVTec AD.
+# **The claim.** Screws and nuts lie on the table as they fall. A vision transformer encodes position and direction, so
+# that the same thread, turned, is another patch. The paper finds MuSc weaker on the classes of inconsistent orientation
+# or scale: 87.6 % image AUROC on five of them against 97.8 % on all of MVTec AD.
 #
-# That compares *different* products, which differ in more than orientation. Here the same images are scored twice: as they were taken, and each turned by a random
-# multiple of 90 degrees. The loss is then due to the turning alone.
+# That compares *different* products, which differ in more than orientation. Here the same images are scored twice: as
+# they were taken, and each turned by a random multiple of 90 degrees. The loss is then due to the turning alone.
 #
 # **Goals**
 # - turn the images and see what MuSc loses, per category;
@@ -54,11 +55,11 @@ report.setting(
 # %% [markdown]
 # ## The experiment
 #
-# The square that the encoder sees is turned, so that no pixel is interpolated and no border appears; maps are turned back before they are
-# compared with the masks. The images are scored *as they are* and *turned*, each turned at random.
+# The square that the encoder sees is turned, so that no pixel is interpolated and no border appears; maps are turned
+# back before they are compared with the masks. The images are scored *as they are* and *turned*, each turned at random.
 #
-# The remedy, *nearest turn*, makes the distance to another image the smallest over the four turns of that image. It costs four times as
-# much and needs no label. It is tried on both.
+# The remedy, *nearest turn*, makes the distance to another image the smallest over the four turns of that image. It
+# costs four times as much and needs no label. It is tried on both.
 
 # %%
 base = {"profile": profile, "encoder": encoder, "image_size": image_size, "size": size, "method": "MuSc"}
@@ -93,8 +94,8 @@ turn_table(results, "pixel")
 points = musc_figures.turn_points(turn_table(results, "image").drop("mean"))
 
 # %% [markdown]
-# *Image AUROC per category; dots: plain MuSc, stars: nearest turn. Categories that already lie in all directions should not care; textures with a direction and parts that always lie
-# alike should.*
+# *Image AUROC per category; dots: plain MuSc, stars: nearest turn. Categories that already lie in all directions should
+# not care; textures with a direction and parts that always lie alike should.*
 #
 # ## Table 12 as printed
 
@@ -119,7 +120,8 @@ display(*turn_verdicts(results, {**base, "dataset": dataset}, "26_musc_orientati
 # %% [markdown]
 # ## Read with care
 # - A quarter turn keeps the pixel grid. Arbitrary angles are harder for an encoder, and scale is not tested at all.
-# - The position encoding of a transformer makes even a symmetric part different after turning, since background and part swap places.
+# - The position encoding of a transformer makes even a symmetric part different after turning, since background and
+#   part swap places.
 #
 # ## Goals, answered
 # - The tables give the loss per category, at image and pixel level.

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Why it works, and when it stops (MuSc, Figures 4 and 10)
 #
-# **The claim.** Take all distances from normal patches to the other images: most are small. Take those from anomalous patches: most are large, with a small
-# heap at the left where another image happens to hold something similar. The mean over all images already separates the two; but some normal patches look
-# like only a part of the pile, since good parts vary, and the mean punishes them. The mean over the *nearest 30 %* forgives them.
+# **The claim.** Take all distances from normal patches to the other images: most are small. Take those from anomalous
+# patches: most are large, with a small heap at the left where another image happens to hold something similar. The mean
+# over all images already separates the two; but some normal patches look like only a part of the pile, since good parts
+# vary, and the mean punishes them. The mean over the *nearest 30 %* forgives them.
 #
 # **Goals**
 # - draw the histograms of Figure 4 for our categories;
@@ -65,8 +66,9 @@ histograms = pd.concat([r.assign(category=r["dataset"].str.partition(":")[2]) fo
 figure = musc_figures.patch_score_histograms(histograms[histograms["category"] == shown])
 
 # %% [markdown]
-# *Top: distances from every patch to every other image, as a share of all such distances. Bottom: their average per patch, over all images and over the nearest
-# 30 %. Each colour sums to 100 %. A patch is anomalous when at least half of it lies in the mask, or when it is the one that keeps a small mask from vanishing.*
+# *Top: distances from every patch to every other image, as a share of all such distances. Bottom: their average per
+# patch, over all images and over the nearest 30 %. Each colour sums to 100 %. A patch is anomalous when at least half
+# of it lies in the mask, or when it is the one that keeps a small mask from vanishing.*
 #
 # ## The overlap, per category
 
@@ -75,8 +77,8 @@ figure = musc_figures.patch_score_histograms(histograms[histograms["category"] =
 overlap_table(histograms)
 
 # %% [markdown]
-# *Percent. Overlap: area that the two densities share, 100 for equal ones. Patch AUROC: how well the average ranks anomalous patches above
-# normal ones.*
+# *Percent. Overlap: area that the two densities share, 100 for equal ones. Patch AUROC: how well the average ranks
+# anomalous patches above normal ones.*
 
 # %%
 interval_verdict(histograms, {**base, "dataset": dataset}, "27_musc_why")
@@ -84,9 +86,10 @@ interval_verdict(histograms, {**base, "dataset": dataset}, "27_musc_why")
 # %% [markdown]
 # ## Beyond the paper: how many anomalies may there be?
 #
-# The idea needs normal images in the nearest 30 %. A pile is filled with random images at a given share of anomalous ones, many times over. Two things can
-# go wrong with a rising share: a normal image finds too few others, and defects of one kind find each other. What protects MuSc is that an anomalous image is mostly normal: all
-# of its patches outside the defect still vouch for the good parts.
+# The idea needs normal images in the nearest 30 %. A pile is filled with random images at a given share of anomalous
+# ones, many times over. Two things can go wrong with a rising share: a normal image finds too few others, and defects
+# of one kind find each other. What protects MuSc is that an anomalous image is mostly normal: all of its patches
+# outside the defect still vouch for the good parts.
 
 # %%
 mixed = {**base, "degrees": [1, 3, 5], "windows": [1, 2, 3], "pile_size": pile_size, "shares": shares}
@@ -113,10 +116,12 @@ share_verdict(piles, {**base, "dataset": dataset}, "27_musc_why")
 
 # %% [markdown]
 # ## Read with care
-# - At a share of 5 % a pile holds one anomalous image; the image AUROC of a single pile then only says where that one ranks.
-# - Normal images are drawn from test and training images, so that there are enough of them; where the two were taken under different conditions, that
-#   makes normal images more varied than a real pile would be.
-# - Anomalies are drawn from all kinds of a category's defects. A pile with one single kind is harder, since its defects find each other.
+# - At a share of 5 % a pile holds one anomalous image; the image AUROC of a single pile then only says where that one
+#   ranks.
+# - Normal images are drawn from test and training images, so that there are enough of them; where the two were taken
+#   under different conditions, that makes normal images more varied than a real pile would be.
+# - Anomalies are drawn from all kinds of a category's defects. A pile with one single kind is harder, since its defects
+#   find each other.
 #
 # ## Goals, answered
 # - The histograms show both halves of the claim, and where they overlap.

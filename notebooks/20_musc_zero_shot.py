@@ -25,6 +25,7 @@ degrees: list = [1, 3, 5]  # neighbourhood sides of LNAMD
 windows: list = [1, 2, 3]  # windows of RsCIN, the image itself included
 sharper: list = []  # [category, image_size] pairs to score at another resolution as well
 largest: int = 160  # test images of a category; from larger ones so many are drawn at random
+complete: list = []  # categories whose whole test set is scored, whatever its size
 mixed: int = 12  # images per category in the mixed pile
 seeds: list = [0]  # the first one draws parts and piles
 
@@ -58,7 +59,8 @@ use_style()
 # %%
 index = load_index(dataset, categories=categories or None)
 report.setting(
-    data=f"{dataset}, test images only: {report.describe(index)}; at most {largest} test images of a category. Of the "
+    data=f"{dataset}, test images only: {report.describe(index)}; at most {largest} test images of a category"
+    f"{', but all of ' + ', '.join(complete) if complete else ''}. Of the "
     "training images MuSc sees none.",
     encoder=f"{encoder} at {image_size} px, frozen; {', '.join(layers)}",
     training="none; the class of a test image is known, as in the paper, its label is not",
@@ -82,7 +84,7 @@ report.setting(
 # %%
 base = {"profile": profile, "encoder": encoder, "image_size": image_size, "size": size, "method": "MuSc"}
 base |= {"layers": layers, "windows": windows, "seed": seeds[0], "options": {"degrees": degrees}}
-configs = [{**base, "dataset": name, **drawn(name, largest)} for name in categories_of(dataset, categories)]
+configs = [{**base, "dataset": name, **drawn(name, largest, complete)} for name in categories_of(dataset, categories)]
 results = pd.concat([recorded("musc_zero_shot", c, zero_shot) for c in configs], ignore_index=True)
 
 # %% [markdown]
@@ -117,7 +119,8 @@ same if len(same) else Markdown("*None of these categories is in the paper.*")
 # ## Table 2 here: what do all normal training images add?
 #
 # PatchCore (coreset of 10 %, one bank per category) on the same encoder and resolution, given the complete training
-# set. Its Records are those of [one class or many](11_hiercore_one_vs_multi.ipynb).
+# set and measured on the complete test set. Its Records are those of
+# [one class or many](11_hiercore_one_vs_multi.ipynb).
 
 # %%
 shared = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
@@ -148,7 +151,8 @@ diagnosis(results)
 
 # %%
 weakest = diagnosis(results).index[0]
-chosen = {**base, "dataset": f"{dataset}:{weakest}", **drawn(f"{dataset}:{weakest}", largest), "count": 4, "normals": 3}
+name = f"{dataset}:{weakest}"
+chosen = {**base, "dataset": name, **drawn(name, largest, complete), "count": 4, "normals": 3}
 found = recorded("musc_examples", chosen, examples)
 maps = musc_figures.example_maps(pile(chosen).index, found)
 

@@ -24,6 +24,7 @@ layers: list = ["block6", "block9"]  # stages of the encoder that MuSc reads
 window_sets: list = [[1], [1, 2, 3], [1, 8, 9], [1, 0]]  # none, MVTec AD's, VisA's, all images
 clip_sets: list = []  # benchmarks whose CLIP tokens are scored: "MVTec AD", "VisA"
 largest: int = 160  # test images of a category that MuSc scores; from larger ones so many are drawn
+complete: list = []  # categories whose whole test set is scored, whatever its size
 ratio: float = 0.1  # coreset ratio of PatchCore and HierCore
 seeds: list = [0]  # the first one seeds all methods
 
@@ -79,7 +80,7 @@ base = {"profile": profile, "encoder": encoder, "image_size": image_size, "seed"
 scored = {**base, "layers": layers, "options": {"degrees": [1, 3, 5]}, "method": "MuSc"}
 trained = {**base, "options": {"ratio": ratio}, "train_labels": "unknown", "test_labels": "unknown"}
 names = categories_of(dataset, categories)
-jobs = [{**scored, "dataset": name, **drawn(name, largest)} for name in names]
+jobs = [{**scored, "dataset": name, **drawn(name, largest, complete)} for name in names]
 jobs += [{**trained, "method": "PatchCore", "dataset": name} for name in names]
 jobs += [{**trained, "method": "HierCore", "dataset": dataset}]
 frames = [recorded("musc_rescoring", {**job, "window_sets": window_sets}, rescored) for job in jobs]

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import numpy as np
@@ -46,13 +46,13 @@ def categories_of(dataset: str, wanted: list[str] | None = None) -> list[str]:
     return [f"{dataset}:{name}" for name in names]
 
 
-def drawn(dataset: str, largest: int) -> dict:
-    """Return `{"images": largest}` for a category with more test images than that, to add to a config; else nothing."""
+def drawn(dataset: str, largest: int, complete: Sequence[str] = ()) -> dict:
+    """Return `{"images": largest}` for a category with more test images that need not be `complete`; else nothing."""
     from hclib.data.datasets import load_index
 
     name, _, category = dataset.partition(":")
-    split = load_index(name, categories=[category] if category else None)["split"]
-    return {"images": largest} if (split == "test").sum() > largest else {}
+    split = load_index(name, categories=[category])["split"]
+    return {"images": largest} if category not in complete and (split == "test").sum() > largest else {}
 
 
 def measured(scores: Scores, index: pd.DataFrame, size: int, *, pixel: bool = True) -> pd.DataFrame:

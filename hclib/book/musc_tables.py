@@ -78,7 +78,7 @@ def classes_beside_paper(results: pd.DataFrame, dataset: str = "MVTec AD", table
 
 
 def many_shot_gap(results: pd.DataFrame, many_shot: pd.DataFrame) -> pd.DataFrame:
-    """Return zero-shot MuSc against full-shot PatchCore on the same images, beside the paper's gap (Table 2).
+    """Return zero-shot MuSc against full-shot PatchCore on the same categories, beside the paper's gap (Table 2).
 
     Args:
         results: Records of `zero_shot`.

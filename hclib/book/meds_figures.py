@@ -1,0 +1,112 @@
+"""Figures of the MeDS chapter."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hclib.book.figures import ANOMALOUS, NORMAL
+from hclib.book.meds_experiments import best_size, omega, simulated_omega
+
+SHADES = ["#0072B2", "#009E73", "#E69F00", "#CC79A7"]
+
+
+def weight_curves(shares: list[float], *, largest: int = 3000, memories: int = 20000, seed: int = 0) -> Figure:
+    """Draw Theorem 1's weight over the memory size: the formula, its maximum, and what random draws give.
+
+    Args:
+        shares: pi, the share of features within reach, one curve each.
+        largest: memory size at the right.
+        memories: draws for each simulated point.
+        seed: of the draws.
+    """
+    figure, ax = plt.subplots(figsize=(7.0, 3.0))
+    sizes = np.geomspace(1, largest, 300)
+    points = np.unique(np.geomspace(1, largest, 12).astype(int))
+    for share, colour in zip(shares, SHADES, strict=False):
+        top = omega(best_size(share), share)
+        ax.plot(sizes, omega(sizes, share) / top, color=colour, label=f"{share:g}")
+        simulated = simulated_omega(share, points.tolist(), memories, seed)
+        ax.plot(points, simulated / top, "o", ms=3.5, mfc="white", color=colour)
+        ax.axvline(best_size(share), color=colour, lw=0.8, ls=":")
+    ax.set_xscale("log")
+    ax.set_xlabel("features in the memory, m")
+    ax.set_ylabel("weight ω(m, r), maximum 1")
+    figure.legend(title="share of features within r", loc="outside right center")
+    return figure
+
+
+def separation_curves(results: pd.DataFrame) -> Figure:
+    """Draw scores and their separation over the sampling ratio, a column per noise ratio (Figure 3).
+
+    Args:
+        results: Records of `low_pass`; categories are averaged.
+    """
+    noises = sorted(results["noise"].unique())
+    figure, axes = plt.subplots(2, len(noises), figsize=(7.0, 4.4), sharex=True, sharey="row", squeeze=False)
+    columns = [f"{kind}_{name}" for kind in ("mean", "low", "high") for name in ("normal", "anomalous")]
+    aurocs = {"patch_auroc": "training patches", "train_auroc": "training images", "test_auroc": "test images"}
+    for column, noise in enumerate(noises):
+        means = results[results["noise"] == noise].groupby("ratio")[[*columns, *aurocs]].mean()
+        top, bottom = axes[:, column]
+        for name, colour in (("normal", NORMAL), ("anomalous", ANOMALOUS)):
+            top.plot(means.index * 100, means[f"mean_{name}"], color=colour, label=f"{name} patches")
+            band = (means[f"low_{name}"], means[f"high_{name}"])
+            top.fill_between(means.index * 100, *band, color=colour, alpha=0.15, lw=0)
+        for (key, label), style in zip(aurocs.items(), ("-", "--", ":"), strict=True):
+            bottom.plot(means.index * 100, means[key] * 100, style, color="black", marker="o", ms=2.5, label=label)
+        top.set_title(f"{noise * 100:g} % noise")
+        top.set_xscale("log")
+        bottom.set_xlabel("images in a memory in %")
+    axes[0, 0].set_ylabel("score, 1 - cos")
+    axes[1, 0].set_ylabel("AUROC in %")
+    handles = [h for ax in axes[:, 0] for h in ax.get_legend_handles_labels()[0]]
+    labels = [text for ax in axes[:, 0] for text in ax.get_legend_handles_labels()[1]]
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7.5)
+    return figure
+
+
+def gap_curves(results: pd.DataFrame) -> Figure:
+    """Draw the expected gap and its first-order part over the memory size, a line per category.
+
+    Args:
+        results: Records of `expected_gap`.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(7.0, 3.0), sharex=True)
+    panels = {"gap": "expected gap Δ(m)", "first_order": "its first-order part Δ₀(m)"}
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, results["category"].nunique()))
+    for ax, (column, title) in zip(axes, panels.items(), strict=True):
+        for (name, part), colour in zip(results.groupby("category"), colours, strict=True):
+            ax.plot(part["share"] * 100, part[column], color=colour, label=name.replace("_", " "))
+        ax.axhline(0, color="grey", lw=0.8)
+        ax.set_xscale("log")
+        ax.set_title(title)
+        ax.set_xlabel("patches in the memory in %")
+    axes[0].set_ylabel("L2 of normalised patches")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7.5)
+    return figure
+
+
+def agreement_curves(results: pd.DataFrame) -> Figure:
+    """Draw the error of B memories against infinitely many, with the slope of 1 / sqrt(B).
+
+    Args:
+        results: Records of `limit_agreement`.
+    """
+    figure, ax = plt.subplots(figsize=(7.0, 3.0))
+    for (replacement, rows), colour in zip(results.groupby("replacement"), (SHADES[2], SHADES[0]), strict=False):
+        means = rows.groupby("memories")["mean_error"].agg(["mean", "min", "max"]) * 100
+        label = "with replacement" if replacement else "without replacement"
+        ax.plot(means.index, means["mean"], color=colour, marker="o", ms=3.5, label=label)
+        ax.fill_between(means.index, means["min"], means["max"], color=colour, alpha=0.15, lw=0)
+    sizes = np.array(sorted(results["memories"].unique()))
+    start = results[results["memories"] == sizes[0]]["mean_error"].mean() * 100
+    ax.plot(sizes, start * np.sqrt(sizes[0] / sizes), ":", color="grey", label="slope of 1 / √B")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("memories B")
+    ax.set_ylabel("mean error in %\nof the mean score")
+    ax.legend()
+    return figure

@@ -21,6 +21,7 @@ image_size: int = 224  # side in pixels that images are resized to
 size: int = 224  # side in pixels of the maps and masks that pixel metrics compare
 categories: list = ["blister", "brick", "gear"]  # categories to score; [] for all
 layers: list = ["block6", "block9"]  # stages of the encoder; the paper ends four equal stages
+other_layers: list = ["block6"]  # a second choice of layers, to see what the first one costs
 degrees: list = [1, 3, 5]  # neighbourhood sides of LNAMD
 windows: list = [1, 2, 3]  # windows of RsCIN, the image itself included
 sharper: list = []  # [category, image_size] pairs to score at another resolution as well
@@ -41,6 +42,7 @@ from hclib.book.musc_pools import pile
 from hclib.book.musc_tables import (
     classes_beside_paper,
     diagnosis,
+    layer_table,
     many_shot_gap,
     means_beside_paper,
     mixed_table,
@@ -143,6 +145,19 @@ diagnosis(results)
 # *Percent, weakest category first. "Hits" is the share of anomalous images whose highest-scoring patch lies inside the
 # ground-truth mask. A low image AUROC with a high share of hits means that defects are found but normal images score as
 # high; with a low share, that something else in the image looks rarer than the defect.*
+#
+# ## Which layers
+#
+# The paper averages the ends of four equal stages. That presumes that the last block still describes the image locally;
+# [the ablation](21_musc_ablation.ipynb) measures each layer by itself. Here the same images with other layers:
+
+# %%
+other = [{**c, "layers": other_layers} for c in configs]
+other = pd.concat([recorded("musc_zero_shot", c, zero_shot) for c in other], ignore_index=True)
+layer_table({", ".join(layers): results, ", ".join(other_layers): other})
+
+# %% [markdown]
+# *AUROC in percent.*
 #
 # ## The weakest category, looked at
 #

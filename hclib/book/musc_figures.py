@@ -177,6 +177,7 @@ def turn_points(table: pd.DataFrame) -> Figure:
         place = np.arange(len(table)) + shift
         ax.plot(place, table[way], marker, color=colour, markersize=11 if marker == "*" else 7, label=way)
     ax.set_xticks(range(len(table)), [str(name).replace("_", "\n") for name in table.index])
+    ax.set_xlim(-0.5, len(table) - 0.5)
     ax.set_ylabel("image AUROC (%)")
     figure.legend(loc="outside upper center", ncols=4, fontsize=7.5)
     return figure

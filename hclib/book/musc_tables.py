@@ -125,6 +125,14 @@ def mixed_table(rows: pd.DataFrame) -> pd.DataFrame:
     return table.round(1).assign(groups=pooled["groups"])
 
 
+def layer_table(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return image and pixel AUROC (percent) per category for several choices of layers: name -> Records."""
+    table = {(name, level): wide(rows)[level, "AUROC"] for name, rows in runs.items() for level in ("image", "pixel")}
+    frame = pd.DataFrame(table)
+    frame.loc["mean"] = frame.mean()
+    return frame.round(1)
+
+
 def weakness(results: pd.DataFrame) -> Markdown:
     """Say in one paragraph what goes wrong in the weakest category, from the numbers of `diagnosis`."""
     table = diagnosis(results)

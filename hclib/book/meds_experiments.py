@@ -42,7 +42,7 @@ def category_sets(config: dict) -> list[tuple[str, Features, Features, dict[floa
 
     Args:
         config: as for `noisy_features`, with `noises` (ratios) and `train_images` kept per category before anomalies
-            are injected (0 for all), drawn by `seed`.
+            are injected (0 for all), drawn by `seed`; `test_images` likewise of the test images (0 by default).
     """
     noise = {"definition": "per_normal", "overlap": True, "seed": config["seed"]}
     paths = {}
@@ -52,6 +52,8 @@ def category_sets(config: dict) -> list[tuple[str, Features, Features, dict[floa
     normal = train.subset((train.index["label"] == 0).to_numpy())
     if config["train_images"]:
         normal = draw_per_category(normal, config["train_images"], config["seed"])
+    if config.get("test_images"):
+        test = draw_per_category(test, config["test_images"], config["seed"])
     kept, result = set(normal.index["path"]), []
     for name in config["categories"] or sorted(train.index["category"].unique()):
         mine = (train.index["category"] == name) & (train.index["path"].isin(kept) | (train.index["label"] == 1))
@@ -195,7 +197,7 @@ def _others(points: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
     """Return ascending L2 distances (Q, N - 1) of some points to all others."""
     distances = torch.cdist(points[picks], points)
     distances[torch.arange(len(picks)), picks] = -1
-    return distances.sort(dim=1).values[:, 1:]
+    return distances.sort(dim=1).values[:, 1:].contiguous()
 
 
 def _inside(ascending: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from hclib.book.figures import ANOMALOUS, NORMAL
+from hclib.book.figures import ANOMALOUS, NORMAL, _image_axes, _square
 from hclib.book.meds_experiments import best_size, omega, simulated_omega
+from hclib.data.datasets import may_publish
 
 SHADES = ["#0072B2", "#009E73", "#E69F00", "#CC79A7"]
+
+
+def _ticks(axis: Axis, values: list[float]) -> None:
+    """Label a logarithmic axis with plain numbers at these values only."""
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def weight_curves(shares: list[float], *, largest: int = 3000, memories: int = 20000, seed: int = 0) -> Figure:
@@ -32,6 +42,7 @@ def weight_curves(shares: list[float], *, largest: int = 3000, memories: int = 2
         ax.plot(points, simulated / top, "o", ms=3.5, mfc="white", color=colour)
         ax.axvline(best_size(share), color=colour, lw=0.8, ls=":")
     ax.set_xscale("log")
+    _ticks(ax.xaxis, [1, 10, 100, 1000])
     ax.set_xlabel("features in the memory, m")
     ax.set_ylabel("weight ω(m, r), maximum 1")
     figure.legend(title="share of features within r", loc="outside right center")
@@ -59,6 +70,7 @@ def separation_curves(results: pd.DataFrame) -> Figure:
             bottom.plot(means.index * 100, means[key] * 100, style, color="black", marker="o", ms=2.5, label=label)
         top.set_title(f"{noise * 100:g} % noise")
         top.set_xscale("log")
+        _ticks(top.xaxis, [3, 10, 30, 100])
         bottom.set_xlabel("images in a memory in %")
     axes[0, 0].set_ylabel("score, 1 - cos")
     axes[1, 0].set_ylabel("AUROC in %")
@@ -82,6 +94,7 @@ def gap_curves(results: pd.DataFrame) -> Figure:
             ax.plot(part["share"] * 100, part[column], color=colour, label=name.replace("_", " "))
         ax.axhline(0, color="grey", lw=0.8)
         ax.set_xscale("log")
+        _ticks(ax.xaxis, [0.001, 0.01, 0.1, 1, 10, 100])
         ax.set_title(title)
         ax.set_xlabel("patches in the memory in %")
     axes[0].set_ylabel("L2 of normalised patches")
@@ -106,7 +119,34 @@ def agreement_curves(results: pd.DataFrame) -> Figure:
     ax.plot(sizes, start * np.sqrt(sizes[0] / sizes), ":", color="grey", label="slope of 1 / √B")
     ax.set_xscale("log")
     ax.set_yscale("log")
+    _ticks(ax.xaxis, sizes.tolist())
+    _ticks(ax.yaxis, [1, 2, 5, 10, 20, 50])
     ax.set_xlabel("memories B")
     ax.set_ylabel("mean error in %\nof the mean score")
     ax.legend()
+    return figure
+
+
+def review_sheet(review: pd.DataFrame, *, count: int = 24, columns: int = 8, size: int = 128) -> Figure:
+    """Draw the first images of a review in its order, with rank and excess; frames tell what they turned out to be.
+
+    Args:
+        review: from `MeDS.rank_for_review`; where it knows labels, frames are orange for injected anomalies.
+        count: images; those whose pixels may not be published are drawn as an empty frame with their name.
+        columns: images in a row.
+        size: side of a thumbnail in pixels.
+    """
+    shown = review.head(count)
+    lines = -(-len(shown) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(7.0, 1.15 * lines), squeeze=False)
+    _image_axes(axes)
+    allowed = may_publish(shown)
+    for rank, (ax, item, fine) in enumerate(zip(axes.flat, shown.itertuples(), allowed, strict=False), 1):
+        if fine:
+            ax.imshow(_square(item.path, size))
+        else:
+            ax.text(0.5, 0.5, f"{item.category}\nnot shown".replace("_", " "), ha="center", va="center", fontsize=6)
+        ax.set_title(f"{rank}: {item.excess:.1f}", fontsize=6, pad=2)
+        for spine in ax.spines.values():
+            spine.set(visible=True, linewidth=2, color=ANOMALOUS if getattr(item, "label", 0) else NORMAL)
     return figure

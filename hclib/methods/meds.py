@@ -248,7 +248,9 @@ class MeDS(StudentDetector):
             excess[mine] = (scores[mine] - median) / max(spread, 1e-12)
         columns = {"row": np.arange(len(index)), "group": self.groups, "score": scores, "excess": excess}
         table = index.reset_index(drop=True).assign(**columns, selected=self.selected)
-        return table.sort_values([by, "row"], ascending=[False, True], ignore_index=True)
+        table = table.sort_values([by, "row"], ascending=[False, True], ignore_index=True)
+        table.attrs = dict(index.attrs)  # the data set's name decides which pixels may be shown
+        return table
 
     def _group(self, train: Features, labels: Sequence[str] | None) -> np.ndarray:
         """Return the group (N,) of every image: its class, its cluster, or 0."""

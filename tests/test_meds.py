@@ -90,7 +90,7 @@ def test_scores_tend_to_the_limit_as_memories_are_added(replacement):
         for b in (10, 100, 1000)
     ]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
-    assert errors[0] / errors[2] == pytest.approx(10, rel=0.6)  # as 1 / sqrt(B)
+    assert 4 < errors[0] / errors[2] < 25  # about 10, as 1 / sqrt(B) has it
 
 
 def test_weights_of_the_limit_by_enumeration():
@@ -228,6 +228,14 @@ def test_the_program_selects_half_before_the_first_pass():
     rows = [row for row in detector.history if row["stage"] == "select"]
     assert rows[0]["images"] == 24 and rows[0]["alpha"] == 0 and rows[0]["k"] == 0
     assert rows[1]["k"] == pytest.approx(3 * rows[1]["step"] / 60)
+
+
+def test_several_passes_share_a_selection():
+    detector, _, _ = fitted(passes=2, steps=40)
+    rows = [row for row in detector.history if row["stage"] == "select"]
+    steps = [row["step"] for row in rows]
+    assert rows[0]["images"] == 48 and np.diff(steps)[0] == 24
+    assert np.diff(steps).tolist() == [math.ceil(2 * row["images"] / 4) for row in rows[:-1]]
 
 
 def test_distillation_imitates_the_memory():

@@ -124,6 +124,8 @@ class MeDS(StudentDetector):
         rounding: of the number of patches in the robust maximum, "ceil" (paper) or "floor" (program).
         select_at_start: select before the first pass too (program: the half below the median); False trains the first
             pass on all images (algorithm 1, S_0 = D).
+        passes: passes over the selected images before the next selection, which scores all patches of all images; 1
+            in the paper, more on a CPU.
         initialise: "distilled" (stage 3 goes on with stage 2's student) or "random" (Tables 4 and 5, row 5).
         criterion: what takes the place of the distilled student's score in Eq. 11: "distilled" or "memory" (row 4).
         selection: False ends after stage 2 (row 3).
@@ -156,6 +158,7 @@ class MeDS(StudentDetector):
         k: float = 1.0,
         rounding: str = "ceil",
         select_at_start: bool = False,
+        passes: int = 1,
         initialise: str = "distilled",
         criterion: str = "distilled",
         selection: bool = True,
@@ -180,6 +183,7 @@ class MeDS(StudentDetector):
         self.options |= {"ratio": ratio, "ensembles": ensembles, "replacement": replacement, "k": k}
         self.options |= {"memory_layers": None if memory_layers is None else list(memory_layers)}
         self.options |= {"distill_steps": distill_steps, "select_at_start": select_at_start, "selection": selection}
+        self.options |= {"passes": passes}
         self.groups = np.zeros(0, np.int64)
         self.selection_scores: dict[str, np.ndarray] = {}
         self.selected = np.zeros(0, bool)
@@ -309,11 +313,12 @@ class MeDS(StudentDetector):
             if done or early:
                 current = self._image(score_patches(network, data)) if alpha else initial
                 chosen = self._select((1 - alpha) * initial + alpha * current, k)
-            facts: dict[str, Any] = {"alpha": alpha, "k": k}
+            facts: dict[str, Any] = {"images": chosen.sum(), "alpha": alpha, "k": k}
             if truth is not None:
                 good = chosen & ~truth
                 facts |= {"precision": good.sum() / chosen.sum(), "recall": good.sum() / max(1, (~truth).sum())}
-            return torch.from_numpy(np.flatnonzero(chosen)), {key: float(value) for key, value in facts.items()}
+            images = torch.from_numpy(np.flatnonzero(chosen)).repeat(self.options["passes"])
+            return images, {key: int(v) if key == "images" else float(v) for key, v in facts.items()}
 
         return rows
 

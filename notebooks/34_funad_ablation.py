@@ -107,8 +107,8 @@ lines = noise_ablation.ablation_figure(results)
 # %%
 history = noise_tables.training_history(results[results["study"] == "smoothness"])
 weights = results[results["study"] == "smoothness"].dropna(subset=["history_loss"])["options.smoothness"].unique()
-history["noise"] = [weight for weight in weights for _ in range(epochs)] * len(seeds)
-history[history["epoch"] == epochs - 1].groupby("noise")[["smoothness", "precision", "pseudo_anomalous"]].mean().round(
+history["weight"] = [weight for weight in weights for _ in range(epochs)] * len(seeds)
+history[history["epoch"] == epochs - 1].groupby("weight")[["smoothness", "precision", "pseudo_anomalous"]].mean().round(
     3
 )
 
@@ -122,6 +122,10 @@ history[history["epoch"] == epochs - 1].groupby("noise")[["smoothness", "precisi
 display(*noise_ablation.ablation_verdicts(results, base, "34_funad_ablation"))
 
 # %% [markdown]
+# ## Read with care
+# - Near 100 % there is nothing left to gain, and verdicts about small differences mean little. Where distances say less about defects
+#   ([pairwise distances](33_funad_pairwise_distances.ipynb)), the whole method fails, whatever its weights.
+#
 # ## Goals, answered
 # - The three tables give both epochs beside the paper's numbers.
 # - The verdicts are about the last epoch, which a user can have; compare their sizes with the ± of the tables.

@@ -92,7 +92,7 @@ ax = shown.drop(columns="others' spread / normal's").plot.bar(
 ax.set_ylabel("image AUROC in %")
 ax.set_xlabel("normal class")
 ax.set_ylim(max(0, shown.drop(columns="others' spread / normal's").min().min() - 5), 101)
-ax.legend(loc="lower right")
+legend = ax.legend(loc="lower right")
 
 # %% [markdown]
 # *FUN-AD's last epoch, its best by test labels, and the nearest neighbour in the contaminated training set.*
@@ -105,6 +105,8 @@ noise_semantic.semantic_verdict(table, base, "36_funad_semantic")
 # %% [markdown]
 # ## Read with care
 # - The CIFAR-10 of the real profile is a sample of 5,000 decoded test images, one tenth of the paper's training images.
+# - An AUROC near zero is no accident of the test set: the memory began with the injected images, took *them* for normal, and every
+#   later label followed. Nothing in the method can tell the two sides apart but their numbers and their spread.
 # - A foundation model has seen such classes. The test says more about its token than about any detector on top of it; that is why
 #   the nearest neighbour stands beside FUN-AD.
 #

@@ -93,7 +93,7 @@ def ablation_verdicts(results: pd.DataFrame, base: dict, page: str) -> list[Mark
         (
             "funad-ysyn",
             "Labels of synthetic anomalies (y_syn) improve both levels.",
-            bool((gain > 0).all()),
+            bool((gain > 0).all()) if (gain.abs() > 0.2).any() else None,
             f"image {gain['image']:+.1f}, pixel {gain['pixel']:+.1f} points",
             "5",
         ),

@@ -155,11 +155,12 @@ def distance_verdicts(results: pd.DataFrame, base: dict, page: str) -> list[Mark
         rows = results[results["level"] == level].set_index("category")
         both = (rows[["an_longer", "aa_longer"]] > 0.5).all(axis=1)
         worst = rows["aa_longer"].idxmin()
-        evidence = (
-            f"P(AN > NN) {rows['an_longer'].min():.2f} to {rows['an_longer'].max():.2f}, P(AA > NN) "
-            f"{rows['aa_longer'].min():.2f} ({worst}) to {rows['aa_longer'].max():.2f}"
-        )
+        evidence = f"P(AN > NN) {rows['an_longer'].min():.2f}, P(AA > NN) {rows['aa_longer'].min():.2f}"
         if level != "synthetic":
+            evidence = (
+                f"P(AN > NN) {rows['an_longer'].min():.2f} to {rows['an_longer'].max():.2f}, P(AA > NN) "
+                f"{rows['aa_longer'].min():.2f} ({worst}) to {rows['aa_longer'].max():.2f}"
+            )
             evidence += f"; holds in {int(both.sum())} of {len(both)} categories ({base['dataset']}, {base['encoder']})"
         verdicts.append(
             report.claim(

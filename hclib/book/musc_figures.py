@@ -134,7 +134,7 @@ def patch_score_histograms(rows: pd.DataFrame) -> Figure:
             ax.stairs(share, row["edges"], color=KINDS[kind], fill=True, alpha=0.6, label=kind)
         text = f"overlap {row['overlap']:.0%}" if len(parts) > 1 else ""
         ax.set_title(f"{title}\n{text}" if text else title)
-        ax.legend(fontsize=7.5, loc="upper right")
+        ax.legend(fontsize=7.5)
     for ax in axes[:, 0]:
         ax.set_ylabel("share of patches (%)")
     for ax in axes[1]:

@@ -41,10 +41,10 @@ def tensor(images=6, patches=5, references=8, seed=0):
 
 def drawn_and_searched(patches, ratio, ensembles, seed, replacement):
     """The definition: build every memory from the patches of its images, search it, average."""
-    total = torch.zeros(len(patches) * patches.shape[1])
+    total = torch.zeros(len(patches) * patches.shape[1], dtype=torch.float64)
     for images in draw_images(len(patches), ratio, ensembles, seed, replacement=replacement):
         total += nearest(patches.flatten(0, 1), patches[images].flatten(0, 1))[0][:, 0]
-    return (total / ensembles).view(patches.shape[:2])
+    return (total / ensembles).float().view(patches.shape[:2])
 
 
 @pytest.mark.parametrize("replacement", [True, False])

@@ -22,6 +22,7 @@ size: int = 224  # side in pixels of the maps and masks that pixel metrics compa
 categories: list = ["blister", "brick", "gear"]  # categories to score; [] for all
 layers: list = ["block6", "block9"]  # stages of the encoder; the paper ends four equal stages
 other_layers: list = ["block6"]  # a second choice of layers, to see what the first one costs
+second_look: list = ["brick", "gear"]  # categories to score with those
 degrees: list = [1, 3, 5]  # neighbourhood sides of LNAMD
 windows: list = [1, 2, 3]  # windows of RsCIN, the image itself included
 sharper: list = []  # [category, image_size] pairs to score at another resolution as well
@@ -152,9 +153,11 @@ diagnosis(results)
 # [the ablation](21_musc_ablation.ipynb) measures each layer by itself. Here the same images with other layers:
 
 # %%
-other = [{**c, "layers": other_layers} for c in configs]
+again = [c for c in configs if c["dataset"].partition(":")[2] in second_look]
+other = [{**c, "layers": other_layers} for c in again]
 other = pd.concat([recorded("musc_zero_shot", c, zero_shot) for c in other], ignore_index=True)
-layer_table({", ".join(layers): results, ", ".join(other_layers): other})
+first = results[results["category"].isin(second_look)]
+layer_table({", ".join(layers): first, ", ".join(other_layers): other})
 
 # %% [markdown]
 # *AUROC in percent.*

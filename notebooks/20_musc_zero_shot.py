@@ -25,7 +25,7 @@ other_layers: list = ["block6"]  # a second choice of layers, to see what the fi
 second_look: list = ["brick", "gear"]  # categories to score with those
 degrees: list = [1, 3, 5]  # neighbourhood sides of LNAMD
 windows: list = [1, 2, 3]  # windows of RsCIN, the image itself included
-sharper: list = []  # [category, image_size] pairs to score at another resolution as well
+sharper: list = []  # [category, image_size, images]: to score at another resolution as well, so many images of it
 largest: int = 160  # test images of a category; from larger ones so many are drawn at random
 complete: list = []  # categories whose whole test set is scored, whatever its size
 mixed: int = 12  # images per category in the mixed pile
@@ -112,7 +112,7 @@ means_beside_paper(results)
 # The same images as the paper's, where we have them:
 
 # %%
-finer = [{**base, "dataset": f"{dataset}:{name}", "image_size": side} for name, side in sharper]
+finer = [{**base, "dataset": f"{dataset}:{name}", "image_size": a, "images": n} for name, a, n in sharper]
 finer = [recorded("musc_zero_shot", c, zero_shot) for c in finer]
 everything = pd.concat([results, *finer], ignore_index=True)
 same = classes_beside_paper(everything)
@@ -165,7 +165,9 @@ layer_table({", ".join(layers): first, ", ".join(other_layers): other})
 # ## The weakest category, looked at
 #
 # Anomalous images from the lowest to the highest score, then normal ones likewise; above each its score. Where the
-# pixels may not be published, the maps stand alone.
+# pixels may not be published, the maps stand alone. A defect should be a bright spot. Where a whole part lights up,
+# brighter in some positions than in others, it is the position that is rare in the pile, not the defect; what can be
+# done about that is tried in [turned parts](26_musc_orientation.ipynb).
 
 # %%
 weakest = diagnosis(results).index[0]

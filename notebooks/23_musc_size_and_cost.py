@@ -32,7 +32,7 @@ from hclib.book import musc_figures, report
 from hclib.book.experiments import recorded
 from hclib.book.figures import use_style
 from hclib.book.musc_experiments import categories_of, pile_sizes, timings
-from hclib.book.musc_tables import cost_beside_paper, cost_verdict, few_images, size_table, size_verdict
+from hclib.book.musc_size_tables import cost_beside_paper, cost_verdict, few_images, size_table, size_verdict
 from hclib.data.datasets import load_index
 
 use_style()

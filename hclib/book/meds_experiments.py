@@ -74,10 +74,11 @@ def low_pass(config: dict) -> pd.DataFrame:
     """Return how well memories of every sampling ratio separate (Figures 2 and 3), in the limit of many memories.
 
     Args:
-        config: as for `category_sets`, with `memory_layers` and `ratios`.
+        config: as for `category_sets`, with `memory_layers`, `ratios` and `memories`, a number that is really drawn.
 
     Returns:
-        One row per category, `noise` and `ratio`: of the training patches AUROC (`patch_auroc`) and the mean, 10 and
+        One row per category, `noise` and `ratio`: of the training patches AUROC (`patch_auroc`; `drawn_auroc` with
+        `memories` drawn ones instead of the limit) and the mean, 10 and
         90 % quantiles of normal and anomalous scores; of training and test images AUROC (`train_auroc`, `test_auroc`);
         counts. Scores are 1 - cos.
     """
@@ -94,10 +95,13 @@ def low_pass(config: dict) -> pd.DataFrame:
             kept = torch.from_numpy(rows)
             own = _weighted(inside[kept][:, :, kept], weights)  # (n, P, ratios)
             other = _weighted(across[:, :, kept], weights)
+            cosine = (inside[kept][:, :, kept]).square_().mul_(0.5)
             for k, ratio in enumerate(config["ratios"]):
                 row = {"category": name, "noise": noise, "ratio": ratio, "anomalous": int(labels[rows].sum())}
                 row |= {"normal": len(rows) - row["anomalous"]}
                 row |= _separation(own[..., k], truth[kept])
+                drawn = bootstrap_scores(cosine, ratio, config["memories"], config["seed"])
+                row["drawn_auroc"] = _auroc(truth[kept].flatten().numpy(), drawn.flatten())
                 row["train_auroc"] = _auroc(labels[rows], robust_maximum(own[..., k]))
                 row["test_auroc"] = _auroc(test_labels, robust_maximum(other[..., k]))
                 found.append(row)

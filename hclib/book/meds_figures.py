@@ -59,6 +59,7 @@ def separation_curves(results: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(2, len(noises), figsize=(7.0, 4.4), sharex=True, sharey="row", squeeze=False)
     columns = [f"{kind}_{name}" for kind in ("mean", "low", "high") for name in ("normal", "anomalous")]
     aurocs = {"patch_auroc": "training patches", "train_auroc": "training images", "test_auroc": "test images"}
+    aurocs["drawn_auroc"] = "training patches, memories drawn"
     for column, noise in enumerate(noises):
         means = results[results["noise"] == noise].groupby("ratio")[[*columns, *aurocs]].mean()
         top, bottom = axes[:, column]
@@ -66,8 +67,9 @@ def separation_curves(results: pd.DataFrame) -> Figure:
             top.plot(means.index * 100, means[f"mean_{name}"], color=colour, label=f"{name} patches")
             band = (means[f"low_{name}"], means[f"high_{name}"])
             top.fill_between(means.index * 100, *band, color=colour, alpha=0.15, lw=0)
-        for (key, label), style in zip(aurocs.items(), ("-", "--", ":"), strict=True):
-            bottom.plot(means.index * 100, means[key] * 100, style, color="black", marker="o", ms=2.5, label=label)
+        for (key, label), style in zip(aurocs.items(), ("-", "--", ":", "-"), strict=True):
+            colour = SHADES[1] if key == "drawn_auroc" else "black"
+            bottom.plot(means.index * 100, means[key] * 100, style, color=colour, marker="o", ms=2.5, label=label)
         top.set_title(f"{noise * 100:g} % noise")
         top.set_xscale("log")
         _ticks(top.xaxis, [3, 10, 30, 100])
@@ -76,7 +78,7 @@ def separation_curves(results: pd.DataFrame) -> Figure:
     axes[1, 0].set_ylabel("AUROC in %")
     handles = [h for ax in axes[:, 0] for h in ax.get_legend_handles_labels()[0]]
     labels = [text for ax in axes[:, 0] for text in ax.get_legend_handles_labels()[1]]
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7.5)
     return figure
 
 

@@ -23,10 +23,11 @@ epochs: int = 1  # of FUN-AD: speed does not depend on training
 seeds: list = [0]  # the first one seeds everything
 
 # %%
-from hclib.book import noise_ablation, report
+from hclib.book import figures, noise_ablation, report
 from hclib.book.noise_experiments import recorded
 from hclib.data.datasets import load_index
 
+figures.use_style()
 index = load_index(dataset.split(":")[0], categories=dataset.split(":")[1:] or None)
 
 # %% [markdown]
@@ -83,6 +84,7 @@ ax = parts[["encoder", "scoring"]].plot.barh(stacked=True, figsize=(7, 2.2), col
 ax.set_xlabel("milliseconds per image")
 ax.set_ylabel("")
 ax.invert_yaxis()
+legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=2)
 
 # %% [markdown]
 # *Time per image. The grey part is the same for all three methods.*

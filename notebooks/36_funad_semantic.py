@@ -92,7 +92,7 @@ ax = shown.drop(columns="others' spread / normal's").plot.bar(
 ax.set_ylabel("image AUROC in %")
 ax.set_xlabel("normal class")
 ax.set_ylim(max(0, shown.drop(columns="others' spread / normal's").min().min() - 5), 101)
-legend = ax.legend(loc="lower right")
+legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=3)
 
 # %% [markdown]
 # *FUN-AD's last epoch, its best by test labels, and the nearest neighbour in the contaminated training set.*

@@ -88,7 +88,11 @@ turn_table(results, "image")
 turn_table(results, "pixel")
 
 # %% [markdown]
-# *AUROC in percent, means over draws. The gains are what the nearest turn adds.*
+# *AUROC in percent, means over draws. The gains are what the nearest turn adds. The mean is over categories with at
+# least four normal and four anomalous images in the sample, which are counted below.*
+
+# %%
+results.query("level == 'image'").groupby("category")[["n_normal", "n_anomalous"]].first()
 
 # %%
 points = musc_figures.turn_points(turn_table(results, "image").drop("mean"))

@@ -12,6 +12,7 @@ from hclib.evaluation.published import load_published
 
 IMAGE = {"auroc": "AUROC", "f1_max": "F1-max", "ap": "AP"}
 SAME = 0.005  # changes of AUROC up to half a point count as none
+FEWEST = 4  # normal and anomalous images that a category needs to count in a mean
 BROKEN = 0.1  # an AUROC that has lost more than this counts as broken
 FEW = 0.2  # shares of anomalous images up to here are the reference
 
@@ -235,10 +236,15 @@ def resolution_verdict(rows: pd.DataFrame, base: dict, page: str) -> Markdown:
 
 
 def turn_table(rows: pd.DataFrame, level: str) -> pd.DataFrame:
-    """Return AUROC (percent) per category in the four ways, what turning costs and what the nearest turn gives."""
+    """Return AUROC (percent) per category in the four ways, what turning costs and what the nearest turn gives.
+
+    The mean is over categories with at least `FEWEST` normal and anomalous images in the sample: an AUROC over one
+    normal image measures that image.
+    """
+    counts = rows[rows["level"] == "image"].groupby("category")[["n_normal", "n_anomalous"]].first().min(axis=1)
     mine = rows[rows["level"] == level]
     table = mine.groupby(["category", "way"], sort=False)["auroc"].mean().mul(100).unstack("way")[TURNS]
-    table.loc["mean"] = table.mean()
+    table.loc["mean"] = table[counts.reindex(table.index) >= FEWEST].mean()
     table["loss by turning"] = table[TURNS[2]] - table[TURNS[0]]
     table["gain, as they are"] = table[TURNS[1]] - table[TURNS[0]]
     table["gain, turned"] = table[TURNS[3]] - table[TURNS[2]]
@@ -262,6 +268,8 @@ def turn_beside_paper(rows: pd.DataFrame) -> pd.DataFrame:
 def turn_verdicts(rows: pd.DataFrame, base: dict, page: str) -> list[Markdown]:
     """Test that turned images cost MuSc image AUROC (A.3), and what comparing with four turns gives."""
     image = turn_table(rows, "image")
+    counts = rows[rows["level"] == "image"].groupby("category")[["n_normal", "n_anomalous"]].first().min(axis=1)
+    image = image.drop(counts.index[counts < FEWEST])
     loss, back = image.loc["mean", "loss by turning"], image.loc["mean", "gain, turned"]
     upright = image["gain, as they are"].drop("mean")
     where = f"{base['dataset']}, {len(image) - 1} categories, {rows['turn_seed'].nunique()} draws of quarter turns"

@@ -60,14 +60,15 @@ def category_sets(config: dict) -> list[tuple[str, Features, Features, dict[floa
         part = train.subset(mine.to_numpy())
         rows = {ratio: np.flatnonzero(part.index["path"].isin(found)) for ratio, found in paths.items()}
         if config["train_images"]:  # as many anomalies as the ratio asks for of the images that are left
-            rows = {ratio: _thin(part, found, ratio) for ratio, found in rows.items()}
+            rows = {ratio: _thin(part, found, ratio, config["seed"]) for ratio, found in rows.items()}
         result.append((name, part, test.subset((test.index["category"] == name).to_numpy()), rows))
     return result
 
 
-def _thin(part: Features, rows: np.ndarray, ratio: float) -> np.ndarray:
-    bad = part.index["label"].to_numpy()[rows] == 1
-    return np.sort(np.concatenate([rows[~bad], rows[bad][: round(ratio * (~bad).sum())]]))
+def _thin(part: Features, rows: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    bad = part.index["label"].to_numpy() == 1
+    normal, drawn = rows[~bad[rows]], np.random.default_rng(seed).permutation(np.flatnonzero(bad))
+    return np.sort(np.concatenate([normal, drawn[np.isin(drawn, rows)][: round(ratio * len(normal))]]))
 
 
 def low_pass(config: dict) -> pd.DataFrame:

@@ -93,7 +93,8 @@ def detect(
 
     A share of the normal images is held out of the memory banks; their scores set one threshold per group, so no
     anomaly and no label is needed. Groups are found by HDBSCAN, which merges products far less often than the paper's
-    rule (the book's page on semantic centroids); `clustering="finch"` is the latter. Written: `scores.csv` (`path,
+    rule where there are many images of each (the book's page on semantic centroids); with a few dozen of each,
+    `clustering="finch"`, the paper's rule, can be the better one. Written: `scores.csv` (`path,
     score, group, threshold, decision`), one heat map per image under `heatmaps/`, `report.html` (self-contained), and
     the detector under `detector/`. Everything is written aside and put in place at the end.
 

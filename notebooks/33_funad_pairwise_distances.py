@@ -104,4 +104,4 @@ display(*noise_distances.distance_verdicts(results, base, "33_funad_pairwise_dis
 # - The table and the dots give the chances for every category at both levels.
 # - The verdicts name the weakest category.
 #
-# **Next:** [what FUN-AD makes of it](34_funad_ablation.ipynb).
+# **Next:** [what FUN-AD makes of it](../demo/34_funad_ablation.ipynb).

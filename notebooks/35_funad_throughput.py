@@ -113,4 +113,4 @@ noise_ablation.throughput_verdict(table, base, "35_funad_throughput")
 # ## Goals, answered
 # - The table gives images per second and ratios, with and without the encoder, beside the paper's.
 #
-# **Next:** [what FUN-AD's parts contribute](34_funad_ablation.ipynb).
+# **Next:** [what FUN-AD's parts contribute](../demo/34_funad_ablation.ipynb).

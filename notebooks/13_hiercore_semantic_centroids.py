@@ -83,7 +83,9 @@ pd.concat(levels, names=["tokens"]).round(3)
 #
 # No single level of the hierarchy can be right when families and their members lie at different scales. HDBSCAN cuts every branch
 # of its tree where that branch is most stable, so one family may be cut fine and another coarse. It has one parameter, the fewest
-# images that a group may have. It is an option, `HierCore(clustering="hdbscan")`; the default stays the paper's rule.
+# images that a group may have. It is an option, `HierCore(clustering="hdbscan")`; the default stays the paper's rule. The smallest
+# group must fit the data: where a class has only a few dozen images, a smallest group of ten is too coarse and merges classes as
+# well, as [the page on clusterings](15_hiercore_clustering.ipynb) shows with its smaller training sets.
 
 # %%
 rules = {name: rule_table(tokens, names) for name, (tokens, names) in token_sets.items()}

@@ -29,7 +29,7 @@ from IPython.display import display
 
 from hclib.book import clustering_tables as tables
 from hclib.book import figures, report
-from hclib.book.experiments import label_scenario, recorded
+from hclib.book.experiments import recorded, scenario_metrics
 from hclib.data.datasets import load_index
 
 figures.use_style()
@@ -58,7 +58,7 @@ frames = []
 for ratio in ratios:
     for sampler in ("greedy", "random"):
         options = {"ratio": ratio, "sampler": "greedy" if ratio == 1 else sampler}
-        runs = [recorded("coreset_ratios", {**base, "options": options, "seed": s}, label_scenario) for s in seeds]
+        runs = [recorded("coreset_ratios", {**base, "options": options, "seed": s}, scenario_metrics) for s in seeds]
         frames.append(pd.concat(runs).assign(ratio=ratio, sampler=sampler))
 results = pd.concat(frames, ignore_index=True)
 

@@ -90,12 +90,22 @@ def _pair(fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]) -
 def _coreset(points: torch.Tensor, size: int) -> tuple[float, float, float]:
     part = max(2, size // 10)
     fast, picks = _seconds(lambda: greedy_coreset(points, size))
-    plain, expected = _seconds(lambda: _plain_coreset(points, part))
+    plain, expected = _seconds(lambda: plain_coreset(points, part))
     return fast, plain * size / part, float((picks[:part] != expected).sum())
 
 
-def _plain_coreset(points: torch.Tensor, size: int) -> torch.Tensor:
-    """Farthest-first traversal as it is usually written, with cached squared norms."""
+def plain_coreset(points: torch.Tensor, size: int) -> torch.Tensor:
+    """Choose by farthest-first traversal as it is usually written: each pick is compared with every point.
+
+    One matrix-vector product a pick, with cached squared norms: already a fast form of the loop.
+
+    Args:
+        points: (P, C) floating point.
+        size: picks, the first of them point 0.
+
+    Returns:
+        (size,) int64.
+    """
     points = points - points.mean(0)
     norms = points.square().sum(1)
     bound, picks = torch.full_like(norms, torch.inf), [0]

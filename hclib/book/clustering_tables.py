@@ -9,7 +9,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from hclib.book import report
-from hclib.book.experiments import fit_and_score, label_scenario
+from hclib.book.experiments import fit_and_score, scenario_metrics
 from hclib.book.figures import METHOD_COLOURS
 from hclib.book.scenario_tables import STEADY
 
@@ -28,12 +28,12 @@ SCENARIOS = {
 
 
 def routed_scenario(config: dict) -> pd.DataFrame:
-    """Return `label_scenario` with `misrouted`: test images in a bank that most belongs to another category.
+    """Return `scenario_metrics` with `misrouted`: test images in a bank that most belongs to another category.
 
     A bank belongs to the category that sends most of its test images there; the share is of the images of each
     category, in the rows "mean" of all images.
     """
-    rows = label_scenario(config)
+    rows = scenario_metrics(config)
     scores, _, test = fit_and_score(config)
     category = test.index["category"].to_numpy()
     owner = pd.Series(category).groupby(scores.group).agg(lambda names: names.mode().iloc[0])

@@ -12,18 +12,17 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from hclib.book import report
+from hclib.book.bench import plain_coreset
 from hclib.book.experiments import draw_per_category, features_of, split
 from hclib.book.figures import METHOD_COLOURS
 from hclib.evaluation.published import load_published
 from hclib.kernels.clustering import clusters_from_labels, semantic_clusters
-from hclib.kernels.coreset import random_projection
+from hclib.kernels.coreset import greedy_coreset, random_projection
 from hclib.kernels.encoders import load_encoder
 from hclib.kernels.features import Features
 from hclib.methods import HierCore, PatchCore
 from hclib.methods.hiercore import image_tokens
 from hclib.methods.patchcore import patch_blocks
-
-TRAVERSALS = {"lazy": "lazy (this book)", "plain": "every pick against every patch (published programs)"}
 
 
 def bank_cost(config: dict) -> pd.DataFrame:
@@ -90,8 +89,6 @@ def _measure(method: str, train: Features, test: Features, config: dict) -> dict
 
 def time_traversals(features: Features, config: dict) -> tuple[float, float]:
     """Return the seconds of the lazy traversal and of the plain one, the latter from a share of its picks."""
-    from hclib.kernels.coreset import greedy_coreset
-
     blocks = (block.flatten(0, 2) for block in patch_blocks(features))
     points = torch.cat([random_projection(block, 128, seed=config["seed"]) for block in blocks])  # (P, 128)
     size = max(1, int(len(points) * config["ratio"]))
@@ -99,24 +96,9 @@ def time_traversals(features: Features, config: dict) -> tuple[float, float]:
     greedy_coreset(points, size)
     lazy = time.perf_counter() - start
     picks = max(2, int(size * config["plain_share"]))
-    return lazy, plain_traversal_seconds(points, picks) * size / picks
-
-
-def plain_traversal_seconds(points: torch.Tensor, picks: int) -> float:
-    """Time farthest-first traversal as it is usually written: each pick is compared with every patch.
-
-    Squared distances with cached norms, one matrix-vector product a pick; an already fast form of the loop.
-    """
-    points = points - points.mean(0)
-    norms = points.square().sum(1)
-    bound = torch.full_like(norms, torch.inf)
-    last = 0
     start = time.perf_counter()
-    for _ in range(picks):
-        bound = torch.minimum(bound, norms + norms[last] - 2 * (points @ points[last]))
-        bound[last] = -torch.inf
-        last = int(bound.argmax())
-    return time.perf_counter() - start
+    plain_coreset(points, picks)
+    return lazy, (time.perf_counter() - start) * size / picks
 
 
 def time_encoder(config: dict, test: Features, images: int = 16) -> float:

@@ -104,10 +104,10 @@ def fit_and_score(config: dict) -> tuple[Scores, dict, Features]:
 
 
 def save_run(config: dict, folder: str) -> None:
-    """Write the results of a `label_scenario` config as files: configuration, metrics, decisions, timing.
+    """Write the results of a `scenario_metrics` config as files: configuration, metrics, decisions, timing.
 
     Args:
-        config: as for `label_scenario`.
+        config: as for `scenario_metrics`.
         folder: relative to the checkout, or absolute; the run goes to a folder of its own in it.
     """
     scores, facts, test = fit_and_score(config)
@@ -134,7 +134,7 @@ def flip_labels(labels: Sequence[str], share: float, seed: int) -> list[str]:
     return labels.tolist()
 
 
-def label_scenario(config: dict) -> pd.DataFrame:
+def scenario_metrics(config: dict) -> pd.DataFrame:
     """Return the metrics of one detector under every threshold rule of `config["rules"]`.
 
     Args:
@@ -142,14 +142,26 @@ def label_scenario(config: dict) -> pd.DataFrame:
             level, and `pixel`: false to leave that level out.
 
     Returns:
-        Rows of `evaluate`, one set per rule, with the facts of `fit_and_score`; the image rows under the first rule
-        also hold the image scores themselves (`normal_scores`, `anomalous_scores`).
+        Rows of `evaluate`, one set per rule, with the facts of `fit_and_score`.
     """
     scores, facts, test = fit_and_score(config)
     rules = [tuple(rule.split("/")) for rule in config["rules"]]
     frames = evaluate_rules(scores, test.index, rules, size=config["size"], pixel=config.get("pixel", True))
-    frames[0] = frames[0].merge(score_lists(scores.image, test.index), on=["category", "level"], how="left")
     return pd.concat(frames, ignore_index=True).assign(**facts)
+
+
+def label_scenario(config: dict) -> pd.DataFrame:
+    """Return `scenario_metrics` with the image scores themselves, for figures.
+
+    Returns:
+        The image rows under the first rule also hold two sorted lists, `normal_scores` and `anomalous_scores`.
+    """
+    scores, _, test = fit_and_score(config)
+    rows = scenario_metrics(config)
+    thresholds, aggregate = config["rules"][0].split("/")
+    first = (rows["thresholds"] == thresholds) & (rows["aggregate"] == aggregate)
+    lists = score_lists(scores.image, test.index)
+    return pd.concat([rows[first].merge(lists, on=["category", "level"], how="left"), rows[~first]], ignore_index=True)
 
 
 def one_class(config: dict) -> pd.DataFrame:

@@ -8,6 +8,7 @@ keeps in its decoder, are not among the features and are left out.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -184,7 +185,7 @@ class Block(nn.Module):
         return tokens + self.mlp(self.between(tokens))
 
 
-class Student(nn.Module):
+class Student(nn.Module, ABC):
     """What the students share: layers in groups, decoder outputs reversed and averaged in as many groups.
 
     Args:
@@ -215,19 +216,19 @@ class Student(nn.Module):
             self.build()
         self._initialise(torch.Generator().manual_seed(seed))
 
+    @abstractmethod
     def build(self) -> None:
         """Make the layers of the network."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(
         self, inputs: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return the outputs of the decoder's blocks, (n, P, width) each, and an auxiliary loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def factors(self, distances: torch.Tensor, share: float) -> torch.Tensor | None:
         """Return the gradient factors of one group's distances (n, P), or None."""
-        raise NotImplementedError
 
     def forward(
         self, targets: torch.Tensor, generator: torch.Generator | None = None

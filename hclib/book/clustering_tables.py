@@ -98,7 +98,7 @@ def flip_curves(rows: pd.DataFrame) -> Figure:
                 ax.errorbar(100 * part.index, part["mean"], part["std"], capsize=2, label=scenario, **style)
         ax.set_xlabel("wrong training labels, %")
         ax.set_ylabel(label)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 

@@ -265,7 +265,8 @@ def token_projections(tokens: np.ndarray, classes: Sequence[str], keys: np.ndarr
         for name, colour in zip(names, colours, strict=False):
             mine = np.flatnonzero(classes == name)
             ax.scatter(*plane[mine].T, s=5, color=colour, label=name.replace("_", " "), linewidths=0)
-        ax.scatter(*plane[len(tokens) :].T, s=60, marker="X", color="black", edgecolors="white", label="centroid (key)")
+        # thin crosses: a whole class can lie under one of them
+        ax.scatter(*plane[len(tokens) :].T, s=110, marker="+", color="black", linewidths=1, label="centroid (key)")
         ax.set_title(f"{title}, {len(tokens)} images, {len(keys)} groups found")
     _image_axes(axes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7.5)

@@ -85,7 +85,7 @@ cost.cost_table(largest)
 
 # %%
 table = cost.speedups(costs)
-table.set_index(["categories", "images"]).round(2)
+table.set_index(["categories", "images"]).drop(columns=["train_per_category", "copies"]).round(2)
 
 # %%
 cost.paper_speedups().round(2)

@@ -20,7 +20,7 @@ claims = report.claims(profiles)
 # %% [markdown]
 # ## At a glance
 #
-# One row per claim, one column per profile and data set. `demo` is rendered data: there a verdict shows that the effect can be
+# One row per claim, one column per profile. `demo` is rendered data: there a verdict shows that the effect can be
 # reproduced, not that it is true of factories. `real` is the evidence.
 
 # %%

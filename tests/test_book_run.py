@@ -1,6 +1,7 @@
 """Notebooks to pages: parameters, cleaning, and that the committed results belong to the sources."""
 
 import ast
+import json
 
 import nbformat
 import pytest
@@ -70,6 +71,17 @@ def test_a_rerun_leaves_the_committed_records_alone(tmp_path, monkeypatch):
             assert set(records.load("study", "demo")["seed"]) == set(range(seed + 1))
     assert (committed / "demo" / "study.jsonl").read_bytes() == before
     assert paths.records_dir() == committed
+
+
+@pytest.mark.parametrize("profile", ["demo", "real"])
+def test_every_recorded_claim_is_on_its_page(profile):
+    """A claim that its page no longer makes would stay in the list of what holds."""
+    claims = records.load("claims", profile)
+    for page, rows in claims.groupby("page"):
+        notebook = nbformat.read(paths.results_dir(profile) / f"{page}.ipynb", as_version=4)
+        printed = json.dumps([o for cell in notebook.cells for o in cell.get("outputs", [])], ensure_ascii=False)
+        for statement in rows["statement"]:
+            assert json.dumps(statement, ensure_ascii=False)[1:-1] in printed, f"{page}: {statement}"
 
 
 def notebook_with(output):

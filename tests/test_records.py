@@ -284,3 +284,16 @@ def test_the_room_does_not_import_torch():
         "heavy = {'torch', 'sklearn', 'skimage', 'scipy'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_discard_removes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("HCLIB_RECORDS", str(tmp_path))
+    for page in ("a", "b"):
+        for seed in (0, 1):
+            records.cached("claims", "demo", {"page": page, "seed": seed}, lambda: [{"f1": 0.5}])
+    assert records.discard("claims", "demo", page="a", seed=1) == 1
+    assert records.discard("claims", "demo", page="c") == 0
+    left = records.load("claims", "demo")
+    assert sorted(zip(left["page"], left["seed"], strict=True)) == [("a", 0), ("b", 0), ("b", 1)]
+    with pytest.raises(records.RecordError, match="name a value"):
+        records.discard("claims", "demo")

@@ -15,10 +15,10 @@ from hclib.book.scenario_tables import STEADY
 
 RULES = ["class/class", "group/class"]  # known and unknown evaluation of one set of scores
 CLUSTERINGS = {
-    "FINCH, highest silhouette": {},
+    "FINCH": {},
     "HDBSCAN": {"clustering": "hdbscan"},
     "DBSCAN": {"clustering": "dbscan"},
-    "k-means, highest silhouette": {"clustering": "kmeans"},
+    "k-means": {"clustering": "kmeans"},
 }
 SCENARIOS = {
     "K→K": {"train_labels": "known", "test_labels": "known"},
@@ -58,7 +58,7 @@ def known_and_unknown(results: pd.DataFrame, by: list[str], level: str = "image"
     table = pd.DataFrame({"groups": known["banks"], "misrouted, %": 100 * known["misrouted"]})
     table["AUROC"] = known["auroc"]
     table["F1 known"], table["F1 unknown"] = 100 * known["f1"], 100 * unknown["f1"]
-    table["unknown / known, %"] = 100 * table["F1 unknown"] / table["F1 known"]
+    table["ratio, %"] = 100 * table["F1 unknown"] / table["F1 known"]
     return table.reset_index()
 
 
@@ -108,7 +108,7 @@ def clustering_verdicts(
     """Test that the clusterings keep their F1 without labels, and how much wrong labels cost; record and return."""
     keys = {k: base[k] for k in ("profile", "dataset", "encoder", "image_size")} | {"page": page}
     where = f"{base['dataset']}, {base['encoder']} at {base['image_size']} px, {report.seeds(methods)}"
-    ratio = methods.groupby("setting")["unknown / known, %"].mean()
+    ratio = methods.groupby("setting")["ratio, %"].mean()
     worst = flips["flip"].max()
     f1 = flips.groupby(["scenario", "flip"])["F1"].mean()
     lost = {name: f1[name][0] - f1[name][worst] for name in ("K→K", "K→U")}

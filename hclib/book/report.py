@@ -116,18 +116,17 @@ def _page_link(row: pd.Series) -> str:
 
 
 def claims_at_a_glance(claims: pd.DataFrame) -> Markdown:
-    """Return a table of verdicts: a row per claim, a column per profile and data set."""
+    """Return a table of verdicts: a row per claim, a column per profile; each verdict with its data and encoder."""
     if claims.empty:
         return Markdown("*No claim has been tested yet.*")
-    columns = list(dict.fromkeys(zip(claims["profile"], claims["dataset"], strict=True)))
-    lines = ["| claim | " + " | ".join(f"{p}: {d}" for p, d in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    profiles = list(dict.fromkeys(claims["profile"]))
+    lines = ["| claim | " + " | ".join(profiles) + " |", "|---" * (len(profiles) + 1) + "|"]
     for statement, rows in claims.groupby("statement", sort=False):
         cells = []
-        for profile, dataset in columns:
-            mine = rows[(rows["profile"] == profile) & (rows["dataset"] == dataset)]
-            cells.append(
-                ", ".join(f"{r['verdict']} ({r['encoder']}, {r['image_size']} px)" for _, r in mine.iterrows())
-            )
+        for profile in profiles:
+            mine = rows[rows["profile"] == profile]
+            where = [f"{r['dataset']}, {r['encoder']}, {r['image_size']} px" for _, r in mine.iterrows()]
+            cells.append("; ".join(f"**{v}** ({w})" for v, w in zip(mine["verdict"], where, strict=True)))
         lines.append(f"| {statement} | " + " | ".join(cells) + " |")
     return Markdown("\n".join(lines))
 

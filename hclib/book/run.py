@@ -17,6 +17,8 @@ import papermill
 import yaml
 
 from hclib import paths
+from hclib.book import report
+from hclib.evaluation import records
 from hclib.evaluation.records import source_hash
 
 KERNEL = "python3"
@@ -132,6 +134,7 @@ def execute(
             continue
         print(f"   {profile}/{name}: running", flush=True)
         with _rerun_records() if parameters else nullcontext():
+            records.discard(report.CLAIMS, profile, page=name)  # the run records its own anew; dropped ones would stay
             _run(raw, target, values)
         if not parameters:
             stamp.write_text(_key(source, values))

@@ -96,6 +96,25 @@ def cached(
     return _frame(json.loads(_line(row)) for row in rows)
 
 
+def discard(experiment: str, profile: str, **values: Any) -> int:
+    """Remove the Records that have these values, such as `page="10_label_scenarios"`; return how many there were.
+
+    Raises:
+        RecordError: without a value to select by.
+    """
+    from filelock import FileLock
+
+    if not values:
+        raise RecordError(f"discard of {experiment!r}: name a value to select by; to remove all, delete the file")
+    store = _store(experiment, profile)
+    with FileLock(_lock(store)):
+        rows = _read(store)
+        kept = [row for row in rows if any(row.get(key) != value for key, value in values.items())]
+        if len(kept) < len(rows):
+            _write(store, kept)
+    return len(rows) - len(kept)
+
+
 def stale(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the Records whose code has changed since they were computed."""
     if frame.empty:

@@ -42,7 +42,7 @@ figures.use_style()
 # %%
 index = load_index(dataset)
 report.setting(
-    data=f"{dataset}: {report.describe(index)}; {train_per_category} training images a category unless the table says more",
+    data=f"{dataset}: {report.describe(index)}; at most {train_per_category} training images a category unless the table says more",
     encoder=f"{encoder} at {image_size} px, frozen",
     training="no class labels",
     thresholds="none: only time and memory are measured",

@@ -39,7 +39,7 @@ figures.use_style()
 
 # %%
 report.setting(
-    data=f"{dataset}: {report.describe(load_index(dataset))}; {train_per_category} training images of each category drawn",
+    data=f"{dataset}: {report.describe(load_index(dataset))}; at most {train_per_category} training images of each category drawn",
     encoder=f"{encoder} at {image_size} px, frozen",
     training="no class labels, except K→K and K→U in the last part",
     thresholds="chosen on the test labels (oracle): per class where classes are known, else per routed group",

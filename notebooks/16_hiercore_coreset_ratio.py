@@ -36,7 +36,7 @@ figures.use_style()
 
 # %%
 report.setting(
-    data=f"{dataset}: {report.describe(load_index(dataset))}; {train_per_category} training images of each category drawn",
+    data=f"{dataset}: {report.describe(load_index(dataset))}; at most {train_per_category} training images of each category drawn",
     encoder=f"{encoder} at {image_size} px, frozen",
     training="no class labels; FINCH's groups, one bank each",
     thresholds="F1 at its best threshold per category, chosen on the test labels (oracle)",

@@ -73,6 +73,39 @@ def test_a_rerun_leaves_the_committed_records_alone(tmp_path, monkeypatch):
     assert paths.records_dir() == committed
 
 
+def test_a_second_run_executes_nothing_and_a_changed_page_only_itself(tmp_path, monkeypatch):
+    """Every page adds Records, which the others' stamps cover: they must be taken once all pages have run."""
+    sources = {name: tmp_path / f"{name}.py" for name in ("10_a", "11_b", "90_claims")}
+    for name, source in sources.items():
+        profiles = 'profiles: list = ["demo"]  # listed\n' if name.startswith("90") else ""
+        source.write_text(f'# %% tags=["parameters"]\nprofile: str = "demo"  # Records\n{profiles}')
+    executed = []
+
+    def fake(raw, target, values):
+        executed.append(raw.stem)
+        if not raw.stem.startswith("90"):
+            records.cached(raw.stem, "demo", {"seed": 0}, lambda: [{"f1": 0.5}])
+            count = {"page": raw.stem, "claim": "x", "evidence": len(executed)}
+            records.cached("claims", "demo", {"page": raw.stem}, lambda: [count], refresh=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("{}")
+
+    monkeypatch.setattr(run, "_top", lambda: tmp_path)
+    monkeypatch.setattr(run, "_run", fake)
+    monkeypatch.setattr(run, "notebook_sources", lambda: sources)
+    notebooks = {"10_a": None, "11_b": None, "90_claims": {"profiles": ["demo"]}}
+    monkeypatch.setattr(run, "load_profiles", lambda: {"demo": {"all": {"profile": "demo"}, "notebooks": notebooks}})
+    monkeypatch.setattr(run.paths, "results_dir", lambda profile: tmp_path / "results")
+    monkeypatch.setenv("HCLIB_RECORDS", str(tmp_path / "records"))
+    run.execute("demo")
+    assert executed == list(sources)
+    run.execute("demo")
+    assert executed == list(sources)
+    sources["11_b"].write_text(sources["11_b"].read_text() + "\n# %%\n1\n")
+    run.execute("demo")
+    assert executed == [*sources, "11_b", "90_claims"]
+
+
 @pytest.mark.parametrize("profile", ["demo", "real"])
 def test_every_recorded_claim_is_on_its_page(profile):
     """A claim that its page no longer makes would stay in the list of what holds."""

@@ -111,34 +111,38 @@ def execute(
     Raises:
         NotebookError: for unknown profiles, notebooks or parameters, a failing cell, or output with a machine path.
     """
-    written = []
-    for name in _select(profile, only):
-        source = notebook_sources()[name]
-        scratch = _top() / "build" / "notebooks" / profile
-        scratch.mkdir(parents=True, exist_ok=True)
-        raw = scratch / f"{name}.ipynb"
-        nbformat.write(read_source(source), raw)
-        declared = set(declared_parameters(source))
-        if parameters:
-            check_parameters(name, parameters, declared)
-        values = {**profile_parameters(profile, name, declared), **(parameters or {})}
-        target = (_top() / "build" / "rerun" / profile if parameters else paths.results_dir(profile)) / f"{name}.ipynb"
-        stamp = scratch / f"{name}.stamp"
-        if (
-            not (force or parameters)
-            and target.exists()
-            and stamp.exists()
-            and stamp.read_text() == _key(source, values)
-        ):
-            print(f"   {profile}/{name}: current", flush=True)
-            continue
-        print(f"   {profile}/{name}: running", flush=True)
-        with _rerun_records() if parameters else nullcontext():
-            records.discard(report.CLAIMS, profile, page=name)  # the run records its own anew; dropped ones would stay
-            _run(raw, target, values)
-        if not parameters:
+    written, fresh = [], []
+    try:
+        for name in _select(profile, only):
+            source = notebook_sources()[name]
+            scratch = _top() / "build" / "notebooks" / profile
+            scratch.mkdir(parents=True, exist_ok=True)
+            raw = scratch / f"{name}.ipynb"
+            nbformat.write(read_source(source), raw)
+            declared = set(declared_parameters(source))
+            if parameters:
+                check_parameters(name, parameters, declared)
+            values = {**profile_parameters(profile, name, declared), **(parameters or {})}
+            folder = _top() / "build" / "rerun" / profile if parameters else paths.results_dir(profile)
+            target = folder / f"{name}.ipynb"
+            stamp = scratch / f"{name}.stamp"
+            if (
+                not (force or parameters)
+                and target.exists()
+                and stamp.exists()
+                and stamp.read_text() == _key(source, values)
+            ):
+                print(f"   {profile}/{name}: current", flush=True)
+                continue
+            print(f"   {profile}/{name}: running", flush=True)
+            with _rerun_records() if parameters else nullcontext():
+                records.discard(report.CLAIMS, profile, page=name)  # the run records those that it still makes
+                _run(raw, target, values)
+            written.append(target)
+            fresh += [] if parameters else [(stamp, source, values)]
+    finally:
+        for stamp, source, values in fresh:  # only now: later pages have added Records that earlier ones may read
             stamp.write_text(_key(source, values))
-        written.append(target)
     return written
 
 
@@ -159,12 +163,17 @@ def _select(profile: str, only: list[str] | None) -> list[str]:
 
 
 def _key(source: Path, values: dict) -> str:
-    """Hash what an executed notebook depends on: its text, parameters, hclib and the Records it may read."""
+    """Hash what an executed notebook depends on: its text, parameters, hclib and the Records it may read.
+
+    Claims are written by every page and read only by those that list `profiles`.
+    """
     digest = hashlib.sha256(source.read_bytes())
     digest.update(json.dumps(values, sort_keys=True).encode())
     digest.update(source_hash(rooms=("data", "kernels", "methods", "evaluation", "book")).encode())
     for profile in values.get("profiles", [values.get("profile", "")]):
         for path in sorted((paths.records_dir() / str(profile)).glob("*.jsonl")):
+            if path.stem == report.CLAIMS and "profiles" not in values:
+                continue
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

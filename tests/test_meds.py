@@ -247,7 +247,7 @@ def test_distillation_imitates_the_memory():
     error = (1 - torch.nn.functional.cosine_similarity(outputs, targets[rows], dim=3)).mean(1) - memory[rows]
     generator = torch.Generator().manual_seed(0)
     loss = detector._distillation(network, targets, memory)(rows, 0, generator)
-    assert float(loss) == pytest.approx(float(error.square().sum(1).sqrt().mean()), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(error.detach().square().sum(1).sqrt().mean()), rel=1e-5)
     detector.options["distill_loss"] = "mse"
     assert float(detector._distillation(network, targets, memory)(rows, 0, generator)) == pytest.approx(
         10 * float(error.square().mean()), rel=1e-5

@@ -250,7 +250,7 @@ def test_distillation_imitates_the_memory():
     assert float(loss.detach()) == pytest.approx(float(error.detach().square().sum(1).sqrt().mean()), rel=1e-5)
     detector.options["distill_loss"] = "mse"
     loss = detector._distillation(network, targets, memory)(rows, 0, generator)
-    assert float(loss.detach()) == pytest.approx(10 * float(error.square().mean()), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(10 * float(error.detach().square().mean()), rel=1e-5)
     detector.options["tokens"] = 5
     assert math.isfinite(detector._distillation(network, targets, memory)(rows, 0, generator))
 

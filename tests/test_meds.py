@@ -252,7 +252,7 @@ def test_distillation_imitates_the_memory():
     loss = detector._distillation(network, targets, memory)(rows, 0, generator)
     assert float(loss.detach()) == pytest.approx(10 * float(error.detach().square().mean()), rel=1e-5)
     detector.options["tokens"] = 5
-    assert math.isfinite(detector._distillation(network, targets, memory)(rows, 0, generator))
+    assert math.isfinite(detector._distillation(network, targets, memory)(rows, 0, generator).detach())
 
 
 def test_killed_in_stage_three_and_resumed_is_the_same_bit_for_bit(plain, tmp_path, monkeypatch):

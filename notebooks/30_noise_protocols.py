@@ -22,6 +22,7 @@ image_size: int = 224  # side in pixels that images are resized to
 size: int = 112  # side in pixels of the maps and masks that pixel metrics compare
 layers: list = ["block9"]  # the encoder's layers that the detectors see
 components: int = 64  # principal components of the patches; 0 for all channels
+ratio: float = 0.1  # coreset ratio of both detectors
 nominal: float = 0.1  # the ratio that every paper would print
 manifests: list = []  # MeDS's published lists to check, by name: "train_mvtec_nr40_seed_0"
 methods: list = ["PatchCore", "SoftPatch"]  # detectors that are trained under every protocol
@@ -46,7 +47,8 @@ index = load_index(dataset)
 report.setting(
     data=f"{dataset}: {report.describe(index)}",
     encoder=f"{encoder} at {image_size} px, frozen, {', '.join(layers)}; pixels compared at {size} px",
-    training="no labels; anomalies injected by the rule of each protocol, stratified by defect type, from one seeded order",
+    training="no labels; all categories in one training set; anomalies injected by the rule of each protocol, stratified by "
+    f"defect type, from one seeded order; coresets of {ratio:.0%}",
     thresholds="none: AUROC only",
     paper="the papers' own protocols, as their texts and programs state them",
 )
@@ -109,7 +111,7 @@ for seed in seeds:
     for name, noise in rules.items():
         for method in methods:
             config = {**base, "method": method, "noise": {**noise, "seed": seed}, "seed": seed}
-            config["options"] = {"ratio": 0.1}
+            config["options"] = {"ratio": ratio}
             frames.append(recorded("noise_protocols", config, noise_run).assign(protocol=name))
 results = pd.concat(frames, ignore_index=True)
 

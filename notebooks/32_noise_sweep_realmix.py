@@ -24,7 +24,7 @@ size: int = 112  # side in pixels of the maps and masks that pixel metrics compa
 layers: list = ["block9"]  # the encoder's layers that every method sees
 components: int = 64  # principal components of the patches that the memory banks compare; 0 for all channels
 ratios: list = [0, 0.1, 0.2]  # injected anomalies per normal training image
-epochs: int = 20  # of FUN-AD; 0 leaves it out
+steps: int = 100  # optimisation steps of FUN-AD at least, for every category; 0 leaves it out
 seeds: list = [0]  # one run of every setting per seed
 
 # %%
@@ -45,7 +45,8 @@ index = load_index(dataset, categories=categories)
 report.setting(
     data=f"{dataset}: {report.describe(index)}",
     encoder=f"{encoder} at {image_size} px, frozen, {', '.join(layers)} for every method; pixels compared at {size} px",
-    training="no labels; one detector per category; anomalies injected, stratified by defect type, capped where they run out",
+    training="no labels; one detector per category; anomalies injected, stratified by defect type, capped where they run out; "
+    f"coresets of 10 %; FUN-AD {f'in {steps} steps' if steps else 'left out'}",
     thresholds="none: AUROC only; FUN-AD's last epoch unless it says best epoch (chosen by test labels, as in the paper)",
     paper="MVTec AD and VisA; FUN-AD one detector per category, MeDS one for all; Wide-ResNet-50-2, DINO, DINOv2",
 )
@@ -66,17 +67,21 @@ report.setting(
 # %%
 banks = {"ratio": 0.1}
 methods = {"PatchCore": banks, "HierCore": banks, "SoftPatch": banks, "InReaCh": banks}
-methods |= {"FunAD": {**SHORT_FUNAD, "epochs": epochs}} if epochs else {}
 base = {"profile": profile, "encoder": encoder, "image_size": image_size, "size": size, "layers": layers}
 base["components"] = components
+normals = index.query("split == 'train'")["category"].value_counts()
 frames = []
 for overlap in (False, True):
     for category in categories:
         noise = {"definition": "per_normal", "overlap": overlap}
         mine = {**base, "dataset": f"{dataset}:{category}", "noise": noise}
-        for config in sweep_configs(mine, methods, ratios, seeds):
+        epochs = noise_overlap.epochs_for(steps, normals[category])
+        funad = {"FunAD": {**SHORT_FUNAD, "epochs": epochs}} if epochs else {}
+        for config in sweep_configs(mine, {**methods, **funad}, ratios, seeds):
+            if overlap and not config["noise"]["ratio"]:
+                continue  # nothing was injected: the same run as without overlap
             frames.append(recorded("noise_overlap", {**config, "common": 0}, noise_run))
-results = pd.concat(frames, ignore_index=True)
+results = noise_overlap.with_clean(pd.concat(frames, ignore_index=True))
 
 # %%
 noise_overlap.counts(results)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_contamination import make_index
 
-from hclib.book import noise_experiments, noise_tables
+from hclib.book import noise_experiments, noise_overlap, noise_tables
 from hclib.book.noise_distances import gaussian_sets, pair_distances
 from hclib.book.noise_experiments import common_rows, noise_run, noisy_features, reduce_channels, sweep_configs
 from hclib.book.noise_protocols import protocol_table
@@ -140,3 +140,31 @@ def test_a_synthetic_anomaly_changes_its_blob_and_nothing_else():
     pasted = paste(base, donor, mask, generator)
     np.testing.assert_array_equal(pasted[~mask], base[~mask])
     assert (pasted[mask] != base[mask]).mean() > 0.9
+
+
+@pytest.mark.parametrize(("steps", "images", "epochs"), [(100, 31, 100), (100, 33, 50), (100, 256, 13), (0, 31, 0)])
+def test_every_category_gets_the_steps_at_least(steps, images, epochs):
+    assert noise_overlap.epochs_for(steps, images) == epochs
+
+
+def test_the_clean_run_stands_in_both_settings():
+    rows = pd.DataFrame({"noise.ratio": [0, 0.2, 0.2], "noise.overlap": [False, False, True], "auroc": [0.9, 0.8, 0.5]})
+    found = noise_overlap.with_clean(rows).set_index(["noise.overlap", "noise.ratio"])["auroc"]
+    assert found.to_dict() == {(False, 0): 0.9, (True, 0): 0.9, (False, 0.2): 0.8, (True, 0.2): 0.5}
+
+
+@pytest.mark.parametrize(("precision", "verdict"), [(0.6, "Holds"), (0.1, "Does not hold")])
+def test_pseudo_labels_are_judged_where_there_is_noise(tmp_path, monkeypatch, precision, verdict):
+    monkeypatch.setenv("HCLIB_RECORDS", str(tmp_path))
+    history = pd.DataFrame(
+        {"noise": [0, 0, 10, 10], "epoch": [0, 1, 0, 1], "precision": [0, 0, 1 - precision, precision]}
+    )
+    base = {"profile": "demo", "dataset": "made", "encoder": "fake", "image_size": 56}
+    text = noise_tables.label_verdict(history, {0: 0, 10: 0.02}, base, "31_noise_sweep_mtd").data
+    assert text.startswith(f"**{verdict}.**") and f"{precision:.1%}" in text and "2.0%" in text
+
+
+def test_a_guess_hits_the_share_of_masked_training_pixels(made, monkeypatch):
+    monkeypatch.setattr(noise_tables, "read_masks", noise_experiments.read_masks)
+    share = noise_tables.anomalous_share(made.index, 0.2, 0, 28)
+    assert share == pytest.approx(4 / 24 / 16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown
@@ -14,6 +16,17 @@ from hclib.evaluation.published import load_published
 
 SETTINGS = {False: "no overlap", True: "overlap"}
 TABLES = {"MVTec AD": ("7", "8"), "VisA": ("9", "10")}  # no overlap, overlap
+
+
+def epochs_for(steps: int, images: int, *, batch_size: int = 32) -> int:
+    """Return how many epochs give FUN-AD at least `steps` steps on so many images; 0 steps give 0."""
+    return math.ceil(steps / math.ceil(images / batch_size))
+
+
+def with_clean(results: pd.DataFrame) -> pd.DataFrame:
+    """Return results with the runs on clean sets a second time, as "overlap": without noise the settings are one."""
+    clean = results[(results["noise.ratio"] == 0) & ~results["noise.overlap"].astype(bool)]
+    return pd.concat([results, clean.assign(**{"noise.overlap": True})], ignore_index=True)
 
 
 def _rows(results: pd.DataFrame) -> pd.DataFrame:

@@ -197,3 +197,73 @@ def reviewed(config: dict) -> pd.DataFrame:
     table = fitted(config, train, test).rank_for_review(train.index)
     table = table.assign(rank=np.arange(1, len(table) + 1))
     return table[["rank", "row", "category", "defect", "label", "score", "excess", "selected"]].assign(**facts)
+
+
+def alone(student: dict, kind: str = "dinomaly") -> dict:
+    """Return the setting of a student trained by itself, told no labels.
+
+    Args:
+        student: options of `StudentDetector`.
+        kind: "dinomaly", "inpformer" or "hvq".
+    """
+    return {"method": "StudentDetector", "options": {"student": kind, **student}}
+
+
+def with_meds(student: dict, meds: dict, kind: str = "dinomaly") -> dict:
+    """Return the setting of MeDS on that student, told the product of every training image, as in the paper.
+
+    Args:
+        student: options of `StudentDetector`.
+        meds: further options of `MeDS`.
+        kind: "dinomaly", "inpformer" or "hvq".
+    """
+    return {"method": "MeDS", "labels": True, "options": {"student": kind, **student, **meds}}
+
+
+def memory_alone(meds: dict) -> dict:
+    """Return the setting of stage 1 as a detector, with the options of `meds` that concern it."""
+    known = ("memory_layers", "ratio", "ensembles", "replacement", "memory_distance", "percent")
+    return {
+        "method": "BootstrappedMemory",
+        "labels": True,
+        "options": {key: meds[key] for key in known if key in meds},
+    }
+
+
+def banks(components: int, names: list[str]) -> list[dict]:
+    """Return the settings of the methods without a student; patches of all but FUN-AD are reduced to `components`."""
+    reduced = {"components": components}
+    return [
+        {"method": name, "options": BANKS[name], **({} if name == "FunAD" or not components else reduced)}
+        for name in names
+    ]
+
+
+def ablation(student: dict, meds: dict, kind: str = "dinomaly") -> dict[str, dict]:
+    """Return the six settings of Tables 4 and 5, by the paper's description."""
+    return {
+        "Baseline": alone(student, kind),
+        "Memory ensemble": memory_alone(meds),
+        "Distilled model": with_meds(student, {**meds, "selection": False}, kind),
+        "Fine-tuned with memory": with_meds(student, {**meds, "initialise": "random", "criterion": "memory"}, kind),
+        "Random init fine-tune": with_meds(student, {**meds, "initialise": "random"}, kind),
+        "MeDS": with_meds(student, meds, kind),
+    }
+
+
+def runs(base: dict, settings: list[dict], ratios: list[float], seeds: list[int]) -> list[dict]:
+    """Return the configs of all settings at all noise ratios and seeds (of the noise and of the method).
+
+    Args:
+        base: what all share: data, encoder, sizes, and the draw.
+        settings: from `alone`, `with_meds`, `memory_alone` or `banks`.
+        ratios: injected anomalies per normal training image; they stay in the test set.
+        seeds: a set of configs for each.
+    """
+    noise = {"definition": "per_normal", "overlap": True}
+    return [
+        {**base, **setting, "seed": seed, "noise": {**noise, "ratio": ratio, "seed": seed}}
+        for seed in seeds
+        for ratio in ratios
+        for setting in settings
+    ]

@@ -16,19 +16,20 @@ profile: str = "demo"  # which set of Records this run reads and writes
 dataset: str = "demo"  # data set; one model for all its categories, as in Tables 1 and 2
 encoder: str = "dinov2_vits14"  # frozen backbone, the teacher
 image_size: int = 224  # side in pixels that images are resized to
+layers: list = []  # layers of the encoder that are read; [] for its default ones
 size: int = 112  # side in pixels of the maps and masks that pixel metrics compare
 train_images: int = 16  # normal training images kept per category, drawn once; 0 for all
 test_normal: int = 12  # normal test images kept per category
 test_anomalous: int = 7  # anomalous test images kept per category; the injected ones are among them
 noises: list = [0, 0.4]  # injected anomalies per normal training image
 seeds: list = [0]  # of the injected images and of the training
-student: dict = {"width": 64, "depth": 2, "tokens": 32, "steps": 60, "learning_rate": 0.004}  # of StudentDetector
-meds: dict = {"memory_layers": ["block9"], "distill_steps": 60, "passes": 4}  # further options of MeDS
+student: dict = {"width": 32, "depth": 2, "tokens": 32, "steps": 40, "learning_rate": 0.004}  # of StudentDetector
+meds: dict = {"memory_layers": ["block9"], "distill_steps": 40, "passes": 4}  # further options of MeDS
 methods: list = ["PatchCore", "SoftPatch"]  # methods without a student, in the same runs
 components: int = 96  # principal components that their patches are reduced to (FUN-AD has its own); 0 for none
 other_students: list = []  # "inpformer", "hvq": further students, alone and with MeDS
 other_noises: list = [0, 0.4]  # ratios for them
-other_steps: int = 60  # their steps
+other_steps: int = 40  # their steps
 paper_table: str = "1"  # table of the paper that the ratios are compared with
 
 # %%
@@ -47,6 +48,7 @@ figures.use_style()
 # %%
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"train_images": train_images, "test_normal": test_normal, "test_anomalous": test_anomalous, "draw_seed": 0}
+base |= {"layers": layers} if layers else {}
 report.setting(
     data=f"{dataset}, the part that is used: {report.describe(drawn_set(base).index)}; one model for all categories",
     encoder=f"{encoder} at {image_size} px, frozen; the student rebuilds its layers, memories compare {', '.join(meds['memory_layers'])}",

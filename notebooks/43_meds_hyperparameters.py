@@ -14,21 +14,22 @@ profile: str = "demo"  # which set of Records this run reads and writes
 dataset: str = "demo"  # data set; one model for all its categories
 encoder: str = "dinov2_vits14"  # frozen backbone, the teacher
 image_size: int = 224  # side in pixels that images are resized to
+layers: list = []  # layers of the encoder that are read; [] for its default ones
 size: int = 112  # side in pixels of the maps and masks that pixel metrics compare
 train_images: int = 16  # normal training images kept per category, drawn once; 0 for all
 test_normal: int = 12  # normal test images kept per category
 test_anomalous: int = 7  # anomalous test images kept per category; the injected ones are among them
 noise: float = 0.4  # injected anomalies per normal training image
 seeds: list = [0]  # of the injected images and of the training
-student: dict = {"width": 64, "depth": 2, "tokens": 32, "steps": 60, "learning_rate": 0.004}  # of StudentDetector
-meds: dict = {"memory_layers": ["block9"], "distill_steps": 60, "passes": 4}  # further options of MeDS
+student: dict = {"width": 32, "depth": 2, "tokens": 32, "steps": 40, "learning_rate": 0.004}  # of StudentDetector
+meds: dict = {"memory_layers": ["block9"], "distill_steps": 40, "passes": 4}  # further options of MeDS
 ratios: list = [0.1, 0.5]  # share of the images in a memory
 ensembles: list = [1, 100]  # memories
-distillations: list = [20, 60]  # steps of stage 2
+distillations: list = [20, 40]  # steps of stage 2
 critical: list = [1.0, 3.0]  # final critical value k
 percents: list = [1.0, 10.0]  # share of the patches in the robust maximum, percent
-lengths: list = [20, 60]  # steps of the student alone and of stage 3
-clean_lengths: list = [20, 60]  # those that are also measured without noise
+lengths: list = [20, 40]  # steps of the student alone and of stage 3
+clean_lengths: list = [20, 40]  # those that are also measured without noise
 alone_lengths: list = []  # further lengths for the student alone
 
 # %%
@@ -36,7 +37,7 @@ import pandas as pd
 from IPython.display import display
 
 from hclib.book import figures, meds_review_tables, meds_run_figures, meds_run_tables, report
-from hclib.book.meds_runs import alone, drawn_set, meds_run, memory_alone, runs, with_meds
+from hclib.book.meds_runs import alone, drawn_set, meds_run, memory_alone, runs, varied, with_meds
 from hclib.book.noise_experiments import recorded
 
 figures.use_style()
@@ -47,6 +48,7 @@ figures.use_style()
 # %%
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"train_images": train_images, "test_normal": test_normal, "test_anomalous": test_anomalous, "draw_seed": 0}
+base |= {"layers": layers} if layers else {}
 report.setting(
     data=f"{dataset}, the part that is used: {report.describe(drawn_set(base).index)}; one model for all categories",
     encoder=f"{encoder} at {image_size} px, frozen; the student rebuilds its layers, memories compare {', '.join(meds['memory_layers'])}",
@@ -103,21 +105,23 @@ meds_run_tables.length_verdict(trained, keys, **place)
 # %%
 def finals(option: str, values: list) -> pd.DataFrame:
     """Return what the final model does for every value of an option."""
-    settings = [with_meds(student, {**meds, option: value}) for value in values]
+    settings = [with_meds(student, varied(meds, option, value)) for value in values]
     return meds_review_tables.option_rows(measured_runs(settings), option, "final")
 
 
 def memories(option: str, values: list) -> pd.DataFrame:
     """Return what the memory of stage 1 does for every value of an option."""
-    settings = [memory_alone({**meds, option: value}) for value in values]
+    settings = [memory_alone(varied(meds, option, value)) for value in values]
     return meds_review_tables.option_rows(measured_runs(settings), option, "memory")
 
 
 # %%
-distilled = [with_meds(student, {**meds, "selection": False, "distill_steps": steps}) for steps in distillations]
+distilled = [
+    with_meds(student, {**varied(meds, "distill_steps", steps), "selection": False}) for steps in distillations
+]
 distilled = meds_review_tables.option_rows(measured_runs(distilled), "distill_steps", "distilled")
 panels = {
-    "share of images in a memory": pd.concat([memories("ratio", ratios), finals("ratio", ratios)]),
+    "memory share ρ": pd.concat([memories("ratio", ratios), finals("ratio", ratios)]),
     "memories B": pd.concat([memories("ensembles", ensembles), finals("ensembles", ensembles)]),
     "distillation steps": pd.concat([distilled, finals("distill_steps", distillations)]),
     "critical value k": finals("k", critical),
@@ -138,7 +142,7 @@ meds_review_tables.option_table(panels)
 
 # %%
 statements = {
-    "share of images in a memory": (
+    "memory share ρ": (
         "memory-share",
         "The final model hardly depends on the share of images in a memory.",
     ),

@@ -14,14 +14,15 @@ profile: str = "demo"  # which set of Records this run reads and writes
 dataset: str = "demo"  # data set; one model for all its categories
 encoder: str = "dinov2_vits14"  # frozen backbone, the teacher
 image_size: int = 224  # side in pixels that images are resized to
+layers: list = []  # layers of the encoder that are read; [] for its default ones
 size: int = 112  # side in pixels of the maps and masks that pixel metrics compare
 train_images: int = 16  # normal training images kept per category, drawn once; 0 for all
 test_normal: int = 12  # normal test images kept per category
 test_anomalous: int = 7  # anomalous test images kept per category; the injected ones are among them
 noises: list = [0, 0.4]  # injected anomalies per normal training image
 seeds: list = [0]  # of the injected images and of the training
-student: dict = {"width": 64, "depth": 2, "tokens": 32, "steps": 60, "learning_rate": 0.004}  # of StudentDetector
-meds: dict = {"memory_layers": ["block9"], "distill_steps": 60, "passes": 4}  # further options of MeDS
+student: dict = {"width": 32, "depth": 2, "tokens": 32, "steps": 40, "learning_rate": 0.004}  # of StudentDetector
+meds: dict = {"memory_layers": ["block9"], "distill_steps": 40, "passes": 4}  # further options of MeDS
 critical: list = []  # values of k beside that of `meds`, at the largest noise ratio and the first seed
 shown: int = 16  # images on each sheet
 
@@ -29,7 +30,7 @@ shown: int = 16  # images on each sheet
 import pandas as pd
 
 from hclib.book import figures, meds_figures, meds_review_tables, meds_run_figures, meds_run_tables, report
-from hclib.book.meds_runs import contaminated, drawn_set, meds_run, reviewed, runs, with_meds
+from hclib.book.meds_runs import contaminated, drawn_set, meds_run, reviewed, runs, varied, with_meds
 from hclib.book.noise_experiments import recorded
 
 figures.use_style()
@@ -40,6 +41,7 @@ figures.use_style()
 # %%
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"train_images": train_images, "test_normal": test_normal, "test_anomalous": test_anomalous, "draw_seed": 0}
+base |= {"layers": layers} if layers else {}
 report.setting(
     data=f"{dataset}, the part that is used: {report.describe(drawn_set(base).index)}",
     encoder=f"{encoder} at {image_size} px, frozen; the student rebuilds its layers, memories compare {', '.join(meds['memory_layers'])}",
@@ -86,7 +88,7 @@ meds_review_tables.selection_verdict(rows, keys, "45_meds_selection")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-others = [with_meds(student, {**meds, "k": k}) for k in critical]
+others = [with_meds(student, varied(meds, "k", k)) for k in critical]
 others = [recorded("meds_runs", c, meds_run) for c in runs(base, others, [max(noises)], seeds[:1])]
 meds_review_tables.critical_table(pd.concat([results, *others], ignore_index=True))
 

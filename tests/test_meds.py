@@ -1,7 +1,11 @@
 """MeDS: bootstrapped memories against drawn ones, their limit, selection by hand, resuming, ranking for review."""
 
 import math
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,6 +282,40 @@ def test_killed_in_stage_three_and_resumed_is_the_same_bit_for_bit(plain, tmp_pa
     monkeypatch.setattr(StudentDetector, "_reconstruction", lambda *a: None)
     again = MeDS(**options).fit(train, labels)  # complete: only read
     assert again.history == through.history
+
+
+MORTAL = """
+import itertools, os, signal
+from test_meds import QUICK, contaminated
+from hclib.methods import MeDS
+from hclib.methods.students import DinomalyStudent
+
+steps, loss = itertools.count(), DinomalyStudent.loss
+
+def mortal(self, *args):  # only stage 3 calls it
+    if next(steps) == 31:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(self, *args)
+
+DinomalyStudent.loss = mortal
+train, labels = contaminated()
+MeDS(**QUICK, steps=60, ensembles=20, every=7, checkpoint="CHECKPOINT", device="cpu").fit(train, labels)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_by_the_system_in_stage_three_leaves_what_its_successor_needs(tmp_path):
+    code = MORTAL.replace("CHECKPOINT", tmp_path.as_posix())
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    train, labels = contaminated()
+    options = QUICK | {"steps": 60, "ensembles": 20, "device": "cpu"}
+    resumed = MeDS(**options, every=7, checkpoint=tmp_path).fit(train, labels)
+    through = MeDS(**options).fit(train, labels)
+    weights = [d.network.state_dict() for d in (through, resumed)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert resumed.history == through.history
+    assert resumed.score(train).image.tobytes() == through.score(train).image.tobytes()
 
 
 def test_selections_share_the_first_two_stages(plain, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from IPython.display import Markdown
 
 from hclib.book import report
 from hclib.book.meds_run_tables import COLUMNS, measured, named
+from hclib.book.meds_runs import default
 from hclib.book.meds_tables import percent
 from hclib.evaluation.published import load_published
 
@@ -87,14 +88,13 @@ def option_rows(results: pd.DataFrame, option: str, kind: str) -> pd.DataFrame:
     """Return `value, kind` and the four metrics in percent for runs that differ in one option.
 
     Args:
-        results: Records of `meds_run`; runs without the option are left out.
+        results: Records of `meds_run`; a run without the option has its default.
         option: its name.
         kind: which model they measure: "memory", "distilled" or "final".
     """
-    column = f"options.{option}"
-    rows = results[results[column].notna()]
-    found = []
-    for value, part in rows.groupby(column):
+    column, found = f"options.{option}", []
+    values = results[column] if column in results else pd.Series(float("nan"), results.index)
+    for value, part in results.groupby(values.fillna(default(option)) if values.isna().any() else values):
         means = measured(part).groupby("metric")["value"].mean()
         found.append({"value": value, "kind": kind, **means})
     return pd.DataFrame(found)
@@ -287,7 +287,7 @@ def critical_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return the last selection and the metrics by k, at the largest noise ratio and the first seed."""
     top = results[results["noise.ratio"] == results["noise.ratio"].max()]
     top = top[top["seed"] == top["seed"].min()]
-    keys = top["options.k"].fillna(1.0) if "options.k" in top else pd.Series(1.0, top.index)
+    keys = top["options.k"].fillna(default("k")) if "options.k" in top else pd.Series(default("k"), top.index)
     found = []
     for k, part in top.groupby(keys):
         last = selection_rows(part).iloc[-1]

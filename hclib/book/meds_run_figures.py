@@ -43,7 +43,8 @@ def noise_curves(results: pd.DataFrame, *, metrics: tuple[str, ...] = ("I-AUROC"
         ax.set_title(f"{metric} in %")
         ax.set_xlabel("injected anomalies per normal image in %")
         ax.set_xticks(sorted(rows["noise"].unique() * 100))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7.5)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=7.5, handlelength=3.2)
     return figure
 
 
@@ -71,7 +72,8 @@ def length_curves(results: pd.DataFrame, *, metrics: tuple[str, ...] = ("I-AUROC
         _steps(ax, sorted(rows["steps"].unique()))
         ax.set_title(f"{metric} in %")
         ax.set_xlabel("steps of training")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7.5, handlelength=3.2)
     return figure
 
 

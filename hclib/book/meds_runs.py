@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -237,6 +238,16 @@ def banks(components: int, names: list[str]) -> list[dict]:
         {"method": name, "options": BANKS[name], **({} if name == "FunAD" or not components else reduced)}
         for name in names
     ]
+
+
+def default(option: str) -> Any:
+    """Return the default of one of MeDS's options."""
+    return inspect.signature(MeDS.__init__).parameters[option].default
+
+
+def varied(meds: dict, option: str, value: Any) -> dict:
+    """Return `meds` with one option set; unchanged where the value is the default, so that a run has one Record."""
+    return meds if option not in meds and value == default(option) else {**meds, option: value}
 
 
 def ablation(student: dict, meds: dict, kind: str = "dinomaly") -> dict[str, dict]:

@@ -30,7 +30,7 @@ seeds: list = [0]  # which anomalies are injected
 
 # %%
 import pandas as pd
-from IPython.display import display
+from IPython.display import Markdown, display
 
 from hclib.book import figures, noise_protocols, report
 from hclib.book.noise_experiments import noise_run, recorded
@@ -93,10 +93,10 @@ bars = noise_protocols.ratio_bars(noise_protocols.category_table(index, nominal,
 
 # %%
 published = noise_protocols.published_table(manifests) if manifests else pd.DataFrame()
-published
+published if manifests else Markdown("Not read here: the lists are not part of this repository.")
 
 # %% [markdown]
-# *Nominal and realised ratios; empty where the lists are not on this disk (profile demo).*
+# *Nominal and realised ratios.*
 #
 # ## What the rule alone changes
 #

@@ -100,7 +100,8 @@ noise_ablation.ablation_table(results, "y_syn")
 lines = noise_ablation.ablation_figure(results)
 
 # %% [markdown]
-# *AUROC of the last epoch over the weight and over the share; image level solid, pixel level dashed.*
+# *AUROC of the last epoch over the weight and over the share; image level solid, pixel level dashed; bars are the standard deviation
+# over seeds, where there are several.*
 #
 # ## What the smoothness does in training
 
@@ -128,6 +129,7 @@ display(*noise_ablation.ablation_verdicts(results, base, "34_funad_ablation"))
 #
 # ## Goals, answered
 # - The three tables give both epochs beside the paper's numbers.
-# - The verdicts are about the last epoch, which a user can have; compare their sizes with the ± of the tables.
+# - The verdicts are about the last epoch, which a user can have, and call a difference real where it exceeds the spread over seeds.
+#   With one seed no difference is called real.
 #
 # **Next:** [semantic anomalies](36_funad_semantic.ipynb).

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_contamination import make_index
 
-from hclib.book import noise_experiments, noise_overlap, noise_tables
+from hclib.book import noise_ablation, noise_experiments, noise_overlap, noise_tables, noise_twins
 from hclib.book.noise_distances import gaussian_sets, pair_distances
 from hclib.book.noise_experiments import common_rows, noise_run, noisy_features, reduce_channels, sweep_configs
 from hclib.book.noise_protocols import protocol_table
@@ -33,6 +33,7 @@ def made(monkeypatch):
         return np.repeat(np.repeat(result, size // 4, 1), size // 4, 2)
 
     monkeypatch.setattr(noise_experiments, "dataset_features", lambda *_: features)
+    monkeypatch.setattr(noise_twins, "dataset_features", lambda *_: features)
     monkeypatch.setattr(noise_experiments, "read_masks", masks)
     monkeypatch.setattr("hclib.images.read_masks", masks)
     return features
@@ -168,3 +169,72 @@ def test_a_guess_hits_the_share_of_masked_training_pixels(made, monkeypatch):
     monkeypatch.setattr(noise_tables, "read_masks", noise_experiments.read_masks)
     share = noise_tables.anomalous_share(made.index, 0.2, 0, 28)
     assert share == pytest.approx(4 / 24 / 16)
+
+
+def tiles():
+    """Two regions of three exposures, one of one, and an image whose name says nothing."""
+    names = [
+        "exp1_num_10",
+        "exp2_num_25",
+        "exp3_num_41",
+        "exp1_num_50",
+        "exp3_num_62",
+        "exp4_num_70",
+        "exp2_num_99",
+        "x",
+    ]
+    rows = [(f"{n}.jpg", "", "tile", "test", 1, "break") for n in names]
+    rows += [(f"exp{k}_num_{k + 100}.jpg", "", "tile", "train", 0, "good") for k in range(1, 7)]
+    return pd.DataFrame(rows, columns=["path", "mask_path", "category", "split", "label", "defect"])
+
+
+def test_exposures_of_a_region_are_found_by_their_names():
+    found = noise_twins.regions(tiles())
+    groups = [list(part.index) for _, part in found.groupby(found)]
+    assert sorted(groups) == [[0, 1, 2], [3, 4, 5], [6], [7], [8, 9, 10, 11, 12, 13]]
+    shuffled = tiles().sample(frac=1, random_state=0)
+    again = noise_twins.regions(shuffled)
+    assert sorted(sorted(part.index) for _, part in again.groupby(again)) == sorted(groups)
+
+
+def test_a_twin_is_counted_where_another_image_of_its_region_was_injected():
+    table = noise_twins.twin_counts(tiles(), [0, 1 / 6], 0)
+    assert table["injected"].tolist() == [0, 1] and table["left to test"].tolist() == [8, 7]
+    moved, touched = noise_twins.injected(tiles(), {"ratio": 1 / 6, "overlap": False, "seed": 0})
+    region = noise_twins.regions(tiles())
+    assert touched[moved].all() and set(region[touched]) == set(region[moved])
+    assert table["of them with a twin"].tolist() == [0, int(touched.sum()) - 1]
+
+
+def test_test_images_with_a_twin_are_measured_apart(made):
+    config = {**BASE, "method": "PatchCore", "options": {"ratio": 0.5, "patch_size": 1}, "seed": 0, "against": 0.2}
+    noise = {"overlap": False, "seed": 0}
+    clean, noisy = (noise_twins.twin_run({**config, "noise": {**noise, "ratio": r}}) for r in (0, 0.2))
+    for rows in (clean, noisy):  # these images have no names that tell regions: nothing that is left has a twin
+        counts = rows.query("level == 'image' and category == 'mean'").set_index("twins")["n_anomalous"]
+        assert counts.fillna(0).tolist() == [0, 12]
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "seeds", "verdict"),
+    [(3, 0.5, 3, "Holds"), (-3, 0.5, 3, "Does not hold"), (1, 4, 3, "Not decided"), (3, 0, 1, "Not decided")],
+)
+def test_a_difference_within_the_spread_over_seeds_decides_nothing(tmp_path, monkeypatch, gain, spread, seeds, verdict):
+    monkeypatch.setenv("HCLIB_RECORDS", str(tmp_path))
+    rows = []
+    for seed in range(seeds):
+        for level in ("image", "pixel"):
+            shift = spread / 100 * (seed - 1)
+            shared = {"level": level, "seed": seed, "n_normal": 9, "n_anomalous": 5}
+            for value in (0, 1, 2.5):
+                auroc = 0.8 + gain / 100 * (value == 2.5) + shift
+                rows.append({**shared, "study": "smoothness", "options.smoothness": value, "auroc": auroc})
+            for value in (False, True):
+                auroc = 0.8 + gain / 100 * value + shift
+                rows.append({**shared, "study": "y_syn", "options.synthetic_labels": value, "auroc": auroc})
+            rows.append({**shared, "study": "memory", "options.memory_ratio": 0.5, "auroc": 0.8 + shift})
+    results = pd.DataFrame(rows).assign(category="mean", test_set="own", epoch="last")
+    base = {"profile": "demo", "dataset": "made", "encoder": "fake", "image_size": 56}
+    weight, share, labels = noise_ablation.ablation_verdicts(results, base, "34_funad_ablation")
+    assert weight.data.startswith(f"**{verdict}.**") and labels.data.startswith(f"**{verdict}.**")
+    assert share.data.startswith("**Holds.**")

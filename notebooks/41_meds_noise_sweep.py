@@ -36,8 +36,8 @@ paper_table: str = "1"  # table of the paper that the ratios are compared with
 import pandas as pd
 from IPython.display import display
 
-from hclib.book import figures, meds_run_figures, meds_run_tables, report
-from hclib.book.meds_runs import alone, banks, drawn_set, meds_run, memory_alone, runs, with_meds
+from hclib.book import figures, meds_run_figures, meds_run_tables
+from hclib.book.meds_runs import alone, banks, meds_run, memory_alone, runs, with_meds
 from hclib.book.noise_experiments import recorded
 
 figures.use_style()
@@ -49,11 +49,11 @@ figures.use_style()
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"train_images": train_images, "test_normal": test_normal, "test_anomalous": test_anomalous, "draw_seed": 0}
 base |= {"layers": layers} if layers else {}
-report.setting(
-    data=f"{dataset}, the part that is used: {report.describe(drawn_set(base).index)}; one model for all categories",
-    encoder=f"{encoder} at {image_size} px, frozen; the student rebuilds its layers, memories compare {', '.join(meds['memory_layers'])}",
-    training=f"normal images and injected anomalies, unmarked; injected images stay in the test set (overlap); MeDS and the memory know "
-    f"the product of each image, the others do not. Student: {student}; MeDS: {meds}",
+meds_run_tables.setting(
+    base,
+    student,
+    meds,
+    seeds,
     thresholds="none: AUROC, AP and AUPRO, means over the categories",
     paper="MVTec AD, DINOv2-register ViT-B/14 at 392 px, 8 blocks as wide as the encoder, 10,000 steps; the same noise protocol",
 )

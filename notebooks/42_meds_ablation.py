@@ -33,8 +33,8 @@ other_steps: int = 40  # its steps
 import pandas as pd
 from IPython.display import Markdown, display
 
-from hclib.book import figures, meds_review_tables, meds_run_figures, report
-from hclib.book.meds_runs import ablation, drawn_set, meds_run, runs, with_meds
+from hclib.book import figures, meds_review_tables, meds_run_figures, meds_run_tables
+from hclib.book.meds_runs import ablation, meds_run, runs, with_meds
 from hclib.book.noise_experiments import recorded
 from hclib.methods.meds import PROGRAM
 
@@ -47,11 +47,11 @@ figures.use_style()
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"train_images": train_images, "test_normal": test_normal, "test_anomalous": test_anomalous, "draw_seed": 0}
 base |= {"layers": layers} if layers else {}
-report.setting(
-    data=f"{dataset}, the part that is used: {report.describe(drawn_set(base).index)}; one model for all categories",
-    encoder=f"{encoder} at {image_size} px, frozen; the student rebuilds its layers, memories compare {', '.join(meds['memory_layers'])}",
-    training=f"normal images and injected anomalies, unmarked; injected images stay in the test set (overlap); the product of a training image is "
-    f"known. Student: {student}; MeDS: {meds}; {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+meds_run_tables.setting(
+    base,
+    student,
+    meds,
+    seeds,
     thresholds="none: AUROC, AP and AUPRO, means over the categories",
     paper="MVTec AD, DINOv2-register ViT-B/14 at 392 px, 10,000 steps; Dinomaly (Table 4) and INP-Former (Table 5)",
 )

@@ -36,8 +36,8 @@ alone_lengths: list = []  # further lengths for the student alone
 import pandas as pd
 from IPython.display import display
 
-from hclib.book import figures, meds_review_tables, meds_run_figures, meds_run_tables, report
-from hclib.book.meds_runs import alone, drawn_set, meds_run, memory_alone, runs, varied, with_meds
+from hclib.book import figures, meds_review_tables, meds_run_figures, meds_run_tables
+from hclib.book.meds_runs import alone, meds_run, memory_alone, runs, varied, with_meds
 from hclib.book.noise_experiments import recorded
 
 figures.use_style()
@@ -49,11 +49,11 @@ figures.use_style()
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"train_images": train_images, "test_normal": test_normal, "test_anomalous": test_anomalous, "draw_seed": 0}
 base |= {"layers": layers} if layers else {}
-report.setting(
-    data=f"{dataset}, the part that is used: {report.describe(drawn_set(base).index)}; one model for all categories",
-    encoder=f"{encoder} at {image_size} px, frozen; the student rebuilds its layers, memories compare {', '.join(meds['memory_layers'])}",
-    training=f"{noise * 100:g} injected anomalies per 100 normal images (less where they run out), unmarked; overlap. Student: {student}; MeDS: {meds}; "
-    f"{len(seeds)} seed{'s' * (len(seeds) > 1)}",
+meds_run_tables.setting(
+    base,
+    student,
+    meds,
+    seeds,
     thresholds="none: AUROC, AP and AUPRO, means over the categories",
     paper="MVTec AD, Dinomaly, 10,000 steps; the figures print no numbers, so the statements are compared, not the values",
 )

@@ -31,8 +31,8 @@ sheet: int = 24  # images on it
 import pandas as pd
 from IPython.display import display
 
-from hclib.book import figures, meds_figures, meds_review_tables, meds_run_figures, meds_run_tables, report
-from hclib.book.meds_runs import alone, contaminated, drawn_set, meds_run, reviewed, runs, with_meds
+from hclib.book import figures, meds_figures, meds_review_tables, meds_run_figures, meds_run_tables
+from hclib.book.meds_runs import alone, contaminated, meds_run, reviewed, runs, with_meds
 from hclib.book.noise_experiments import recorded
 
 figures.use_style()
@@ -44,11 +44,11 @@ figures.use_style()
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"train_images": train_images, "test_normal": test_normal, "test_anomalous": test_anomalous, "draw_seed": 0}
 base |= {"layers": layers} if layers else {}
-report.setting(
-    data=f"{dataset}, the part that is used: {report.describe(drawn_set(base).index)}; what is ranked is the training set with the injected anomalies",
-    encoder=f"{encoder} at {image_size} px, frozen; the student rebuilds its layers, memories compare {', '.join(meds['memory_layers'])}",
-    training=f"normal images and injected anomalies, unmarked; MeDS knows the product of each image. Student: {student}; MeDS: {meds}; {len(seeds)} "
-    f"seed{'s' * (len(seeds) > 1)}",
+meds_run_tables.setting(
+    base,
+    student,
+    meds,
+    seeds,
     thresholds="none: a ranking is measured, and only here do the hidden labels come in",
     paper="MVTec AD, Dinomaly, 10, 20 and 40 % noise in the same sense",
 )

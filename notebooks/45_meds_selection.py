@@ -29,8 +29,8 @@ shown: int = 16  # images on each sheet
 # %%
 import pandas as pd
 
-from hclib.book import figures, meds_figures, meds_review_tables, meds_run_figures, meds_run_tables, report
-from hclib.book.meds_runs import contaminated, drawn_set, meds_run, reviewed, runs, varied, with_meds
+from hclib.book import figures, meds_figures, meds_review_tables, meds_run_figures, meds_run_tables
+from hclib.book.meds_runs import contaminated, meds_run, reviewed, runs, varied, with_meds
 from hclib.book.noise_experiments import recorded
 
 figures.use_style()
@@ -42,11 +42,11 @@ figures.use_style()
 base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"train_images": train_images, "test_normal": test_normal, "test_anomalous": test_anomalous, "draw_seed": 0}
 base |= {"layers": layers} if layers else {}
-report.setting(
-    data=f"{dataset}, the part that is used: {report.describe(drawn_set(base).index)}",
-    encoder=f"{encoder} at {image_size} px, frozen; the student rebuilds its layers, memories compare {', '.join(meds['memory_layers'])}",
-    training=f"normal images and injected anomalies, unmarked; MeDS knows the product of each image. Student: {student}; MeDS: {meds}; {len(seeds)} "
-    f"seed{'s' * (len(seeds) > 1)}",
+meds_run_tables.setting(
+    base,
+    student,
+    meds,
+    seeds,
     thresholds="median + k_t MAD of the training scores of a product, k_t rising to k (1 in the paper): no label is used",
     paper="MVTec AD; the paper shows no such curves",
 )

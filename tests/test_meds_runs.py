@@ -153,8 +153,8 @@ def test_verdicts_follow_the_numbers(sweep, monkeypatch):
         meds_run_tables.report, "claim", lambda name, statement, holds, evidence, **rest: said.update({name: holds})
     )
 
-    def loses(points):  # the value of the student alone under noise, so many points below its clean one
-        rows = sweep.copy()
+    def loses(points, steps=1000):  # the value of the student alone under noise, so many points below its clean one
+        rows = sweep.assign(**{"options.steps": steps})
         image = (rows["level"] == "image") & (rows["test_set"] == "all") & (rows["category"] == "mean")
         rows.loc[image, "auroc"] = 0.9
         rows.loc[image & (rows["method"] == "StudentDetector") & (rows["noise.ratio"] > 0), "auroc"] -= points / 100
@@ -163,7 +163,9 @@ def test_verdicts_follow_the_numbers(sweep, monkeypatch):
     meds_run_tables.noise_verdicts(loses(8), {"profile": "demo"}, "page")
     assert said == {"dinomaly-breaks": True, "dinomaly-meds-holds": True, "dinomaly-meds-clean": True}
     meds_run_tables.noise_verdicts(loses(3), {"profile": "demo"}, "page")
-    assert said["dinomaly-breaks"] is False
+    assert said["dinomaly-breaks"] is False and said["dinomaly-meds-holds"] is None  # nothing to withstand
+    meds_run_tables.noise_verdicts(loses(3, steps=100), {"profile": "demo"}, "page")
+    assert said["dinomaly-breaks"] is None  # too short a training
 
 
 def test_the_review_names_every_training_image_once(products):

@@ -119,8 +119,8 @@ review = meds_review_tables.with_paths(recorded("meds_review", config, reviewed)
 figure = meds_figures.review_sheet(review, count=sheet)
 
 # %% [markdown]
-# *The images that MeDS would show first, with rank and excess. Orange frames: injected anomalies; blue: normal images. The reviewer sees no frames. Empty tiles stand for images whose pixels may not be
-# published.*
+# *The images that MeDS would show first, with rank and excess. Orange frames: injected anomalies; blue: normal images. The reviewer sees no frames. Ranks are those of
+# the whole list: products whose pixels may not be published are left out.*
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -132,7 +132,8 @@ meds_review_tables.found_table(review)
 # ## Read with care
 # - AUPRC of a random order is the share of anomalies, so it rises with the noise by itself.
 # - The depth is decided by the one anomaly that is ranked last. An injected image whose defect the features do not show keeps it near 100 % for any method.
-# - The plain student's scores are those of its own training images, some of which it has learned by heart: that is why it ranks them worse than new images.
+# - All rankings are of images that the networks were trained on. The longer a plain student trains, the more of them it knows by heart, and the less its ranking says; the verdicts hold for the length
+#   of training in the setting.
 #
 # ## Goals, answered
 # - Table 30's layout holds both rankings and MeDS's earlier stages, beside the paper's numbers.

@@ -106,7 +106,7 @@ lost = review[(review["label"] == 0) & ~review["selected"]]
 figure = meds_figures.review_sheet(lost, count=shown)
 
 # %% [markdown]
-# *Rank and excess, (score - median) / MAD of the product. Empty tiles stand for images whose pixels may not be published.*
+# *Rank among all training images, and excess, (score - median) / MAD of the product. Products whose pixels may not be published are left out.*
 #
 # ## What slipped through
 #

@@ -133,22 +133,23 @@ def review_sheet(review: pd.DataFrame, *, count: int = 24, columns: int = 8, siz
     """Draw the first images of a review in its order, with rank and excess; frames tell what they turned out to be.
 
     Args:
-        review: from `MeDS.rank_for_review`; where it knows labels, frames are orange for injected anomalies.
-        count: images; those whose pixels may not be published are drawn as an empty frame with their name.
+        review: from `MeDS.rank_for_review`, or a part of it with a column `rank`; where it knows labels, frames are
+            orange for injected anomalies.
+        count: images; those whose pixels may not be published are left out, and their products named below.
         columns: images in a row.
         size: side of a thumbnail in pixels.
     """
-    shown = review.head(count)
-    lines = -(-len(shown) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(7.0, 1.15 * lines), squeeze=False)
+    allowed = may_publish(review)
+    shown, hidden = review[allowed].head(count), review.loc[~allowed, "category"].unique()
+    ranks = review["rank"] if "rank" in review else pd.Series(range(1, len(review) + 1), review.index)
+    lines = max(1, -(-len(shown) // columns))
+    figure, axes = plt.subplots(lines, columns, figsize=(7.0, 1.15 * lines + 0.2), squeeze=False)
     _image_axes(axes)
-    allowed = may_publish(shown)
-    for rank, (ax, item, fine) in enumerate(zip(axes.flat, shown.itertuples(), allowed, strict=False), 1):
-        if fine:
-            ax.imshow(_square(item.path, size))
-        else:
-            ax.text(0.5, 0.5, f"{item.category}\nnot shown".replace("_", " "), ha="center", va="center", fontsize=6)
-        ax.set_title(f"{rank}: {item.excess:.1f}", fontsize=6, pad=2)
+    for ax, (row, item) in zip(axes.flat, shown.iterrows(), strict=False):
+        ax.imshow(_square(item["path"], size))
+        ax.set_title(f"{ranks[row]}: {item['excess']:.1f}", fontsize=6, pad=2)
         for spine in ax.spines.values():
-            spine.set(visible=True, linewidth=2, color=ANOMALOUS if getattr(item, "label", 0) else NORMAL)
+            spine.set(visible=True, linewidth=2, color=ANOMALOUS if item.get("label", 0) else NORMAL)
+    if len(hidden):
+        figure.supxlabel("left out (licence): " + ", ".join(sorted(hidden)).replace("_", " "), fontsize=7)
     return figure

@@ -135,6 +135,7 @@ def review_rows(results: pd.DataFrame, stages: tuple[str, ...] = ("own", "distil
         stages: whose scores.
     """
     rows = named(results).query("level == 'review' and stage in @stages and category not in ['mean', 'pooled']")
+    rows = rows[rows["method"].isin(["MeDS", "StudentDetector"])]
     rows = rows.assign(name=rows["stage"].map(STAGES))
     order = {STAGES[stage]: place for place, stage in enumerate(stages)}
     rows = rows.sort_values("name", key=lambda names: names.map(order), kind="stable")

@@ -66,15 +66,16 @@ def measured(results: pd.DataFrame, category: str = "mean") -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[["name", "noise", "seed", "metric", "value"]]
 
 
-def noise_table(results: pd.DataFrame) -> pd.DataFrame:
+def noise_table(results: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFrame:
     """Return the layout of Tables 1 to 3: a row per method, columns metric x noise, mean ± deviation over seeds.
 
     Args:
         results: Records of `meds_run`.
+        metrics: labels of `COLUMNS`.
     """
     rows = measured(results)
     text = report.spread(rows, ["name", "metric", "noise"], "value", digits=1).unstack(["metric", "noise"])
-    order = [(metric, noise) for metric in COLUMNS.values() for noise in sorted(rows["noise"].unique())]
+    order = [(metric, noise) for metric in metrics for noise in sorted(rows["noise"].unique())]
     text = text.reindex(columns=order)
     text.columns = pd.MultiIndex.from_tuples([(metric, percent(noise)) for metric, noise in order])
     return text.reindex(list(dict.fromkeys(rows["name"]))).rename_axis("percent")

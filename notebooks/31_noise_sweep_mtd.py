@@ -13,6 +13,7 @@
 # **Goals**
 # - measure PatchCore, HierCore, SoftPatch, InReaCh and FUN-AD at the paper's ratios, without overlap;
 # - put image and pixel AUROC beside the paper's, and compare order and slope;
+# - tell what noise costs from what it costs to be tested on another photograph of a training image;
 # - watch FUN-AD train: its loss, and how often its pseudo-labels are right.
 
 # %% tags=["parameters"]
@@ -205,6 +206,7 @@ if runs:
 # ## Goals, answered
 # - The two tables give all methods at all ratios, on their own and on common test images.
 # - The slopes say who loses and who gains; the verdicts say whether the paper's order holds.
+# - Where the data has twins, test images with and without one are measured apart.
 # - The training curves show what the pseudo-labels are worth at each ratio.
 #
 # **Next:** [what "10 % noise" means](30_noise_protocols.ipynb).

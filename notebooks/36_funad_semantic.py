@@ -104,9 +104,10 @@ noise_semantic.semantic_verdict(table, base, "36_funad_semantic")
 
 # %% [markdown]
 # ## Read with care
-# - The CIFAR-10 of the real profile is a sample of 5,000 decoded test images, one tenth of the paper's training images.
-# - An AUROC near zero is no accident of the test set: the memory began with the injected images, took *them* for normal, and every
-#   later label followed. Nothing in the method can tell the two sides apart but their numbers and their spread.
+# - The CIFAR-10 of the real profile is a sample of 5,000 decoded test images of 32 pixels a side, enlarged: a tenth of the paper's
+#   training images, and another encoder. Absolute numbers are not comparable.
+# - Where a class's AUROC is near zero, that is no accident of the test set: the memory began with the injected images, took *them* for
+#   normal, and every later label followed. Nothing in the method can tell the two sides apart but their numbers and their spread.
 # - A foundation model has seen such classes. The test says more about its token than about any detector on top of it; that is why
 #   the nearest neighbour stands beside FUN-AD.
 #

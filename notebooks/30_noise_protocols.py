@@ -23,6 +23,7 @@ size: int = 112  # side in pixels of the maps and masks that pixel metrics compa
 layers: list = ["block9"]  # the encoder's layers that the detectors see
 components: int = 64  # principal components of the patches; 0 for all channels
 ratio: float = 0.1  # coreset ratio of both detectors
+trained: str = ""  # data set of the detectors, NAME:CATEGORY takes one category; empty: all of `dataset`
 nominal: float = 0.1  # the ratio that every paper would print
 manifests: list = []  # MeDS's published lists to check, by name: "train_mvtec_nr40_seed_0"
 methods: list = ["PatchCore", "SoftPatch"]  # detectors that are trained under every protocol
@@ -47,8 +48,8 @@ index = load_index(dataset)
 report.setting(
     data=f"{dataset}: {report.describe(index)}",
     encoder=f"{encoder} at {image_size} px, frozen, {', '.join(layers)}; pixels compared at {size} px",
-    training="no labels; all categories in one training set; anomalies injected by the rule of each protocol, stratified by "
-    f"defect type, from one seeded order; coresets of {ratio:.0%}",
+    training="no labels; anomalies injected by the rule of each protocol, stratified by defect type, from one seeded order; "
+    f"detectors trained on {trained or 'all categories at once'}, coresets of {ratio:.0%}",
     thresholds="none: AUROC only",
     paper="the papers' own protocols, as their texts and programs state them",
 )
@@ -100,10 +101,11 @@ published if manifests else Markdown("Not read here: the lists are not part of t
 #
 # ## What the rule alone changes
 #
-# The same detectors, encoder and images; only the rule differs. "Clean" is the training set without injected images.
+# The same detectors, encoder and images; only the rule differs. "Clean" is the training set without injected images. The setting above
+# says which categories the detectors are trained on.
 
 # %%
-base = {"profile": profile, "dataset": dataset, "encoder": encoder, "image_size": image_size, "size": size}
+base = {"profile": profile, "dataset": trained or dataset, "encoder": encoder, "image_size": image_size, "size": size}
 base |= {"layers": layers, "components": components}
 rules = {"clean": {"ratio": 0}, **noise_protocols.protocols(nominal)}
 frames = []
@@ -120,7 +122,7 @@ results = pd.concat(frames, ignore_index=True)
 noise_protocols.effect_table(results).reindex(list(rules))
 
 # %% [markdown]
-# *Mean AUROC over categories, in percent. With overlap the nearest neighbour of an injected test image is the image itself: its
+# *Mean AUROC over categories, in percent, ± standard deviation over seeds where there are several. With overlap the nearest neighbour of an injected test image is the image itself: its
 # patches are in the bank, and its score falls to nearly nothing. That is a test of memorisation, and a memory bank without
 # defence fails it by construction.*
 #

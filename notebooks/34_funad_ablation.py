@@ -126,6 +126,7 @@ display(*noise_ablation.ablation_verdicts(results, base, "34_funad_ablation"))
 # ## Read with care
 # - Near 100 % there is nothing left to gain, and verdicts about small differences mean little. Where distances say less about defects
 #   ([pairwise distances](33_funad_pairwise_distances.ipynb)), the whole method fails, whatever its weights.
+# - The glass fibre of the real profile is a small set of consecutive frames: a test image can have a near twin among the injected ones.
 #
 # ## Goals, answered
 # - The three tables give both epochs beside the paper's numbers.

@@ -61,7 +61,8 @@ pictures = noise_weights.weight_pictures(*noise_weights.weigh(shown))
 # %% [markdown]
 # *Injected training images with the outline of their mask (top), the outlier factor of every patch (middle; one scale), and the
 # patches that were rejected (bottom, dark). A good filter would darken the outlined area and nothing else. An image that differs
-# as a whole, by its light or its phase, is rejected as a whole: its good patches go with the bad ones. Only categories whose terms allow it are pictured; the tables hold all.*
+# as a whole, by its light or its phase, is rejected as a whole: its good patches go with the bad ones. Only categories whose
+# terms allow it are pictured; the tables hold all.*
 #
 # ## How many defect patches are rejected
 #

@@ -127,6 +127,7 @@ panels = {
     "critical value k": finals("k", critical),
     "top patches in %": finals("percent", percents),
 }
+panels = {title: rows for title, rows in panels.items() if rows["value"].nunique() > 1}  # the others were not varied
 figure = meds_run_figures.option_panels(panels)
 
 # %% [markdown]
@@ -155,7 +156,11 @@ statements = {
     ),
 }
 place["source"] = "MeDS, Figures 2, 4, 5, 6 and 8"
-verdicts = [meds_review_tables.spread_verdict(panels[t], *words, 2, keys, **place) for t, words in statements.items()]
+verdicts = [
+    meds_review_tables.spread_verdict(panels[t], *words, 2, keys, **place)
+    for t, words in statements.items()
+    if t in panels
+]
 display(*verdicts)
 
 # %% [markdown]

@@ -30,7 +30,7 @@ def ablation_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
     order = [(metric, noise) for metric in COLUMNS.values() for noise in sorted(rows["noise"].unique())]
     table = table.reindex(columns=order).reindex(list(results))
     table.columns = pd.MultiIndex.from_tuples([(metric, percent(noise)) for metric, noise in order])
-    return table.rename_axis("percent").round(1)
+    return table.rename_axis("percent").round(1).astype(object).fillna("")
 
 
 def ablation_beside_paper(results: dict[str, pd.DataFrame], table: str = "4", metric: str = "I-AUROC") -> pd.DataFrame:

@@ -141,6 +141,8 @@ if len(published):
 #   case.
 # - Without overlap the test set loses its injected images; rows of the last table are then measured on fewer anomalies. The
 #   [sweep](31_noise_sweep_mtd.ipynb) shows both readings.
+# - Glass fibre and cookies, in the real profile, are small sets of consecutive frames: a test image can have a near twin in training,
+#   also where overlap is ruled out.
 #
 # ## Goals, answered
 # - The protocol table counts what each rule injects; the bars show it per category.

@@ -131,7 +131,9 @@ def fit_noisy(config: dict) -> tuple[dict[str, Scores], dict, Features]:
     detector = METHODS[config["method"]](seed=config["seed"], **config.get("options", {}))
     extra = {}
     if config["method"] == "FunAD":
-        extra = {"validation": test, "criterion": epoch_criterion(test), "truth": patch_truth(train)}
+        extra = {"truth": patch_truth(train)}
+        if test.index["label"].nunique() == 2:  # else no epoch can be chosen by the test set
+            extra |= {"validation": test, "criterion": epoch_criterion(test)}
         if config.get("synthetic"):
             from hclib.book.noise_synthesis import synthetic_features
 
@@ -149,8 +151,9 @@ def fit_noisy(config: dict) -> tuple[dict[str, Scores], dict, Features]:
         "fit_seconds": fitted - start,
         "score_seconds": time.perf_counter() - fitted,
     }
-    if extra:
+    if "validation" in extra:
         scores["test"] = detector.use("test").score(test)
+    if extra:
         facts |= history_lists(detector.history)
     return scores, facts, test
 

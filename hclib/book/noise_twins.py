@@ -130,7 +130,8 @@ def twin_verdict(changes: pd.DataFrame, counts: pd.DataFrame, base: dict, page: 
         "are not, it loses less than half as much.",
         bool((bank[GROUPS[1]] > bank[GROUPS[0]] / 2).all() and (bank[GROUPS[0]] < -1).all()),
         f"Change in points of AUROC, {'; '.join(parts)}. At {counts.index[-1]:g} % noise {last['in %']:.0f} % of the "
-        f"anomalous test images have a twin in training ({base['dataset']}, {base['encoder']} at {base['image_size']} px).",
+        f"anomalous test images have a twin in training ({base['dataset']}, {base['encoder']} at {base['image_size']} "
+        "px).",
         source="this book, on the protocol of FUN-AD's supplementary Table 1",
         page=page,
         **{k: base[k] for k in ("profile", "dataset", "encoder", "image_size")},

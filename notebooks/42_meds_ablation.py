@@ -126,8 +126,7 @@ display(*meds_review_tables.ablation_verdicts(results, keys, page))
 # %% [markdown]
 # ## Table 5 here: another student
 #
-# The same six rows with another network. INP-Former's rebuilds an image from a few prototypes that it gathers from that very image, so it has less room to remember single
-# defects than Dinomaly's.
+# The same six rows with another network: INP-Former's rebuilds an image from a few prototypes that it gathers from that very image.
 
 # %%
 words = {"inpformer": "INP-Former-style", "hvq": "HVQ-style"}

@@ -67,18 +67,17 @@ def measured(results: pd.DataFrame, category: str = "mean") -> pd.DataFrame:
 
 
 def noise_table(results: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFrame:
-    """Return the layout of Tables 1 to 3: a row per method, columns metric x noise, mean ± deviation over seeds.
+    """Return Tables 1 to 3: a row per metric and method, a column per noise ratio, mean ± deviation over seeds.
 
     Args:
         results: Records of `meds_run`.
         metrics: labels of `COLUMNS`.
     """
     rows = measured(results)
-    text = report.spread(rows, ["name", "metric", "noise"], "value", digits=1).unstack(["metric", "noise"])
-    order = [(metric, noise) for metric in metrics for noise in sorted(rows["noise"].unique())]
-    text = text.reindex(columns=order)
-    text.columns = pd.MultiIndex.from_tuples([(metric, percent(noise)) for metric, noise in order])
-    return text.reindex(list(dict.fromkeys(rows["name"]))).rename_axis("percent")
+    text = report.spread(rows, ["metric", "name", "noise"], "value", digits=1).unstack("noise")
+    names = list(dict.fromkeys(rows["name"]))
+    text = text.reindex([(metric, name) for metric in metrics for name in names])
+    return text.rename(columns=percent).rename_axis(index=["percent", "method"], columns=None)
 
 
 def realised_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -109,9 +108,11 @@ def beside_paper(results: pd.DataFrame, table: str = "1", metrics: tuple[str, ..
             number = float(theirs.iloc[0])
             row = {"metric": metric, "method": name, "noise": percent(noise)}
             rows.append(row | {"ours": value, "paper": number, "difference": value - number})
-    found = pd.DataFrame(rows).set_index(["metric", "method", "noise"])
+    found = pd.DataFrame(rows).set_index(["metric", "method", "noise"]).rename_axis(columns="percent").stack()
     order = list(dict.fromkeys(found.index.get_level_values("noise")))
-    return found.unstack("noise").swaplevel(axis=1).reindex(columns=order, level=0).round(1)
+    wide = found.unstack("noise")[order].rename_axis(columns=None).round(1)
+    kinds = ("ours", "paper", "difference")
+    return wide.reindex([(*key, kind) for key in dict.fromkeys(key[:2] for key in wide.index) for kind in kinds])
 
 
 def losses(results: pd.DataFrame) -> pd.DataFrame:

@@ -115,6 +115,13 @@ def _page_link(row: pd.Series) -> str:
     return f"../{row['profile']}/{row['page']}.ipynb"
 
 
+def _where(row: pd.Series) -> str:
+    """Return the data of a claim, and encoder and resolution where it has them."""
+    encoder = [] if row["encoder"] == "none" else [row["encoder"]]
+    pixels = [] if pd.isna(row["image_size"]) else [f"{row['image_size']:g} px"]
+    return ", ".join([row["dataset"], *encoder, *pixels])
+
+
 def claims_at_a_glance(claims: pd.DataFrame) -> Markdown:
     """Return a table of verdicts: a row per claim, a column per profile; each verdict with its data and encoder."""
     if claims.empty:
@@ -125,7 +132,7 @@ def claims_at_a_glance(claims: pd.DataFrame) -> Markdown:
         cells = []
         for profile in profiles:
             mine = rows[rows["profile"] == profile]
-            where = [f"{r['dataset']}, {r['encoder']}, {r['image_size']} px" for _, r in mine.iterrows()]
+            where = [_where(row) for _, row in mine.iterrows()]
             cells.append("; ".join(f"**{v}** ({w})" for v, w in zip(mine["verdict"], where, strict=True)))
         lines.append(f"| {statement} | " + " | ".join(cells) + " |")
     return Markdown("\n".join(lines))

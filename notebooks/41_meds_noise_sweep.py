@@ -113,7 +113,7 @@ meds_run_tables.beside_paper(results, paper_table, ("I-AUROC", "P-AP"))
 meds_run_tables.loss_table(results)
 
 # %% [markdown]
-# *Points, means over seeds. "Clean" is the value without noise. A negative loss is a gain.*
+# *Points, means over seeds. "Clean" is the value without noise, "lost" what is missing from it at the largest ratio; a negative loss is a gain.*
 #
 # ## Remembered or learned?
 #

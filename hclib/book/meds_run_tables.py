@@ -125,9 +125,10 @@ def losses(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def loss_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Return `losses` for reading, with the largest ratio in the head."""
-    table = losses(results).reindex(list(dict.fromkeys(named(results)["name"])))
-    return table.rename(columns={"lost": f"lost to {percent(results['noise.ratio'].max())}"}).round(1)
+    """Return `losses` for reading, methods in the order of the results."""
+    return (
+        losses(results).reindex(list(dict.fromkeys(named(results)["name"]))).rename_axis(columns=[None, None]).round(1)
+    )
 
 
 def noise_verdicts(results: pd.DataFrame, config: dict, page: str, student: str = "Dinomaly") -> list[Markdown]:

@@ -82,11 +82,9 @@ meds_run_tables.realised_table(results)
 # ## Tables 1 to 3 here
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_run_tables.noise_table(results, ("I-AUROC", "I-AP"))
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_run_tables.noise_table(results, ("P-AUPRO", "P-AP"))
 
 # %% [markdown]
@@ -105,11 +103,9 @@ figure = meds_run_figures.noise_curves(results)
 # Products, encoder, size and length of training all differ, so levels cannot agree. What can be compared is how far a row falls from left to right.
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_run_tables.beside_paper(results, paper_table, ("I-AUROC", "P-AP"))
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_run_tables.loss_table(results)
 
 # %% [markdown]
@@ -121,7 +117,6 @@ meds_run_tables.loss_table(results)
 # has learned that defects are normal, all anomalies suffer.
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_run_tables.seen_table(results)
 
 # %% [markdown]
@@ -131,7 +126,6 @@ meds_run_tables.seen_table(results)
 # ## Where it happens
 
 # %%
-# NBVAL_CHECK_OUTPUT
 names = ("Dinomaly", "Dinomaly + MeDS")
 meds_run_tables.category_table(results, names)
 

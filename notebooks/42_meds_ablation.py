@@ -88,7 +88,6 @@ results = measured_rows(ablation(student, meds), noises)
 # ## Table 4 here
 
 # %%
-# NBVAL_CHECK_OUTPUT
 extra = {"Options of the program": with_meds(student, {**meds, **PROGRAM})} if program else {}
 table_4 = {**results, **measured_rows(extra, [max(noises)])}
 meds_review_tables.ablation_table(table_4)
@@ -108,11 +107,9 @@ figure = meds_run_figures.ablation_dots(table_4)
 # The paper's baseline in Table 4 is not its Dinomaly of Table 1, which falls lower under noise; the cause is not stated.
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_review_tables.ablation_beside_paper(results)
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_review_tables.ablation_beside_paper(results, metric="P-AP")
 
 # %% [markdown]
@@ -133,7 +130,6 @@ words = {"inpformer": "INP-Former-style", "hvq": "HVQ-style"}
 Markdown(f"*{words[other_student]} student, {other_steps} steps.*" if other_student else "*Not run in this profile.*")
 
 # %%
-# NBVAL_CHECK_OUTPUT
 table_5 = None
 if other_student:
     table_5 = measured_rows(ablation({**student, "steps": other_steps}, meds, other_student), other_noises)

@@ -88,7 +88,6 @@ figure = meds_run_figures.length_curves(trained)
 # *Orange: with noise. Blue: without. Dashed: the student alone. Solid: with MeDS, the steps being those of its last stage.*
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_run_tables.length_table(trained)
 
 # %%
@@ -135,7 +134,6 @@ figure = meds_run_figures.option_panels(panels)
 # the mean of the highest patches.*
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_review_tables.option_table(panels)
 
 # %% [markdown]

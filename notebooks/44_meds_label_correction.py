@@ -72,7 +72,6 @@ meds_run_tables.realised_table(results)
 # ## Table 30 here
 
 # %%
-# NBVAL_CHECK_OUTPUT
 stages = ("own", "memory", "distilled", "final")
 rows = meds_review_tables.review_rows(results, stages)
 meds_review_tables.review_table(rows)
@@ -90,14 +89,12 @@ figure = meds_run_figures.review_bars(rows)
 # ## Ours, the paper's, the difference
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_review_tables.review_beside_paper(rows)
 
 # %% [markdown]
 # ## Product by product
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_review_tables.review_by_category(rows)
 
 # %% [markdown]
@@ -123,7 +120,6 @@ figure = meds_figures.review_sheet(review, count=sheet)
 # the whole list: products whose pixels may not be published are left out.*
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_review_tables.found_table(review)
 
 # %% [markdown]

@@ -71,7 +71,6 @@ figure = meds_run_figures.selection_curves(rows)
 # curves begin there.*
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_review_tables.selection_table(rows)
 
 # %% [markdown]
@@ -87,7 +86,6 @@ meds_review_tables.selection_verdict(rows, keys, "45_meds_selection")
 # The threshold ends at median + k MAD. A larger k brings more normal images back and lets more anomalies in.
 
 # %%
-# NBVAL_CHECK_OUTPUT
 others = [with_meds(student, varied(meds, "k", k)) for k in critical]
 others = [recorded("meds_runs", c, meds_run) for c in runs(base, others, [max(noises)], seeds[:1])]
 meds_review_tables.critical_table(pd.concat([results, *others], ignore_index=True))
@@ -117,7 +115,6 @@ kept = review[(review["label"] == 1) & review["selected"]].iloc[::-1]
 figure = meds_figures.review_sheet(kept, count=shown) if len(kept) else None
 
 # %%
-# NBVAL_CHECK_OUTPUT
 meds_review_tables.selected_by_category(review)
 
 # %% [markdown]

@@ -56,8 +56,11 @@ def ablation_verdicts(results: dict[str, pd.DataFrame], config: dict, page: str)
     top = rows["noise"].max()
     at = rows[rows["noise"] == top].groupby(["name", "metric"])["value"].mean().unstack("metric")
     steps = ["Baseline", "Memory ensemble", "Distilled model", "MeDS"]
-    said = lambda names, metric: ", ".join(f"{name} {at.loc[name, metric]:.1f}" for name in names)  # noqa: E731
     rest = ["Fine-tuned with memory", "Random init fine-tune"]
+
+    def said(names: list[str], metric: str) -> str:
+        return ", ".join(f"{name} {at.loc[name, metric]:.1f}" for name in names)
+
     claims = {
         "every-stage-helps": (
             "Under much noise every stage adds image AUROC: memory over the plain student, distillation over the "

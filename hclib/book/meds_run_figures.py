@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from hclib.book.figures import METHOD_COLOURS
-from hclib.book.meds_run_tables import COLUMNS, STUDENTS, measured, named
+from hclib.book.meds_run_tables import COLUMNS, STUDENTS, by_length, measured
 from hclib.book.meds_tables import percent
 
 STUDENT_COLOURS = dict(zip(STUDENTS.values(), ("#000000", "#5B3A8E", "#8C6D31"), strict=True))
@@ -55,11 +55,7 @@ def length_curves(results: pd.DataFrame, *, metrics: tuple[str, ...] = ("I-AUROC
         results: Records of `meds_run` with several `options.steps`.
         metrics: a panel each.
     """
-    steps = named(results)[["name", "noise", "seed", "options.steps"]].drop_duplicates()
-    rows = pd.concat(
-        measured(results[results["options.steps"] == count]).assign(steps=count)
-        for count in sorted(steps["options.steps"].unique())
-    )
+    rows = by_length(results)
     figure, axes = plt.subplots(1, len(metrics), figsize=(7.0, 3.4), squeeze=False)
     ratios = sorted(rows["noise"].unique())
     for ax, metric in zip(axes[0], metrics, strict=True):
@@ -144,13 +140,9 @@ def selection_curves(history: pd.DataFrame) -> Figure:
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
         for noise, colour in zip(sorted(history["noise"].unique()), RATIO_COLOURS, strict=False):
             rows = history[history["noise"] == noise]
-            mean = rows.groupby("step")[column].mean() * 100 if rows["seed"].nunique() == 1 else None
-            if mean is not None:
-                ax.plot(mean.index, mean, color=colour, marker="o", ms=2.5, label=percent(noise))
-            else:
-                for number, (_, part) in enumerate(rows.groupby("seed")):
-                    label = percent(noise) if not number else None
-                    ax.plot(part["step"], part[column] * 100, color=colour, marker="o", ms=2, lw=1, label=label)
+            for number, (_, part) in enumerate(rows.groupby("seed")):
+                label = percent(noise) if not number else None
+                ax.plot(part["step"], part[column] * 100, color=colour, marker="o", ms=2, lw=1, label=label)
             start = rows["start"].mean() * 100
             if column == "precision":
                 ax.axhline(start, color=colour, lw=0.8, ls=":")

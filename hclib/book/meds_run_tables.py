@@ -197,14 +197,19 @@ def category_table(results: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFram
     return table.rename_axis("image AUROC in %").round(1)
 
 
+def by_length(results: pd.DataFrame) -> pd.DataFrame:
+    """Return `measured` rows with `steps`, the length of training."""
+    parts = [measured(rows).assign(steps=int(steps)) for steps, rows in results.groupby("options.steps")]
+    return pd.concat(parts, ignore_index=True)
+
+
 def length_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return image AUROC and pixel AP in percent by method and noise (rows) and steps of training (columns).
 
     Args:
         results: Records of `meds_run` with several `options.steps`.
     """
-    parts = [measured(rows).assign(steps=int(steps)) for steps, rows in results.groupby("options.steps")]
-    rows = pd.concat(parts).query("metric in ['I-AUROC', 'P-AP']")
+    rows = by_length(results).query("metric in ['I-AUROC', 'P-AP']")
     table = rows.groupby(["metric", "name", "noise", "steps"])["value"].mean().unstack("steps")
     table = table.rename(index=percent, level="noise").rename_axis(index=["percent", "method", "noise"])
     return table.round(1).astype(object).fillna("")
@@ -220,8 +225,7 @@ def length_verdict(results: pd.DataFrame, config: dict, *, source: str, page: st
         page: of the claim.
     """
     noisy = results[results["noise.ratio"] == results["noise.ratio"].max()]
-    parts = [measured(rows).assign(steps=int(steps)) for steps, rows in noisy.groupby("options.steps")]
-    means = pd.concat(parts).query("metric == 'I-AUROC'").groupby(["name", "steps"])["value"].mean().unstack("name")
+    means = by_length(noisy).query("metric == 'I-AUROC'").groupby(["name", "steps"])["value"].mean().unstack("name")
     alone, both = (means[name].dropna() for name in ("Dinomaly", "Dinomaly + MeDS"))
     lost = {name: row.max() - row.iloc[-1] for name, row in (("alone", alone), ("both", both))}
     words = [

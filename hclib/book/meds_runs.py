@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hclib.book.experiments import METHODS, features_of, split
-from hclib.book.noise_experiments import METRICS, SHORT_FUNAD, epoch_criterion, patch_truth, reduce_channels
+from hclib.book.noise_experiments import METRICS, SHORT_FUNAD, reduce_channels, training_aids
 from hclib.data.contamination import contaminate, realised
 from hclib.evaluation.metrics import image_metrics
 from hclib.evaluation.scenarios import evaluate
@@ -73,7 +73,7 @@ def fitted(config: dict, train: Features, test: Features) -> Any:
     if config["method"] in ("MeDS", "StudentDetector"):
         options["checkpoint"] = cache_dir() / "students"
     if config["method"] == "FunAD":
-        extra = {"validation": test, "criterion": epoch_criterion(test), "truth": patch_truth(train)}
+        extra = training_aids(train, test)
     detector = METHODS[config["method"]](seed=config["seed"], **options)
     if config.get("labels"):
         return detector.fit(train, list(train.index["category"]), **extra)

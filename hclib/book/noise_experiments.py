@@ -115,6 +115,17 @@ def epoch_criterion(test: Features) -> Callable[[Scores], float]:
     return criterion
 
 
+def training_aids(train: Features, test: Features) -> dict:
+    """Return what FUN-AD's `fit` gets to be judged by in training: hidden labels, and a criterion on the test set.
+
+    Without an anomalous test image there is no criterion, and no epoch can be chosen by it.
+    """
+    aids = {"truth": patch_truth(train)}
+    if test.index["label"].nunique() == 2:
+        aids |= {"validation": test, "criterion": epoch_criterion(test)}
+    return aids
+
+
 def fit_noisy(config: dict) -> tuple[dict[str, Scores], dict, Features]:
     """Fit the detector of a config on its contaminated training set and score its test set.
 
@@ -131,9 +142,7 @@ def fit_noisy(config: dict) -> tuple[dict[str, Scores], dict, Features]:
     detector = METHODS[config["method"]](seed=config["seed"], **config.get("options", {}))
     extra = {}
     if config["method"] == "FunAD":
-        extra = {"truth": patch_truth(train)}
-        if test.index["label"].nunique() == 2:  # else no epoch can be chosen by the test set
-            extra |= {"validation": test, "criterion": epoch_criterion(test)}
+        extra = training_aids(train, test)
         if config.get("synthetic"):
             from hclib.book.noise_synthesis import synthetic_features
 

@@ -57,7 +57,7 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
             ax.errorbar(values, mine.mean() * 100, spread, ls=style, label=level, **look)
         ax.set_xlabel(title)
     axes[0].set_ylabel("AUROC in %, last epoch")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

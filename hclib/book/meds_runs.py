@@ -16,6 +16,7 @@ from hclib.evaluation.metrics import image_metrics
 from hclib.evaluation.scenarios import evaluate
 from hclib.kernels.features import Features
 from hclib.methods.meds import BootstrappedMemory, MeDS, selection_threshold
+from hclib.methods.student_detector import StudentDetector
 from hclib.paths import cache_dir
 
 BANKS = {
@@ -116,16 +117,12 @@ def meds_run(config: dict) -> pd.DataFrame:
 
 
 def review(detector: Any, train: Features) -> pd.DataFrame:
-    """Return `review_metrics` of a detector's scores of its own training images, one set per stage; empty if clean."""
+    """Return `review_metrics` of a student's scores of its training images, per stage; empty without anomalies."""
     index = train.index
-    if not (index["label"] == 1).any():
+    if not isinstance(detector, StudentDetector) or not (index["label"] == 1).any():
         return pd.DataFrame(columns=["category", "stage"])
-    if isinstance(detector, MeDS):
-        kinds = detector.selection_scores
-    else:
-        known = list(index["category"]) if isinstance(detector, BootstrappedMemory) and detector.groups[0] else None
-        kinds = {"own": detector.score(train, known).image}
-    return pd.concat([review_metrics(index, values).assign(stage=name) for name, values in kinds.items()])
+    stages = detector.selection_scores if isinstance(detector, MeDS) else {"own": detector.score(train).image}
+    return pd.concat([review_metrics(index, values).assign(stage=name) for name, values in stages.items()])
 
 
 def review_metrics(index: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
